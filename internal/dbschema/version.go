@@ -1,0 +1,52 @@
+package dbschema
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// Version is the version of the schema that this program was written for: the
+// number of the newest file in package migrations.
+const Version = 1
+
+// ErrIncompatible says that the schema has moved on so far that this program
+// must not touch it.
+var ErrIncompatible = errors.New("database schema is incompatible with this program")
+
+// ErrNotReady says that the schema is missing, unreadable or older than this
+// program wants. Somebody may migrate it at any moment, so it is worth waiting.
+var ErrNotReady = errors.New("database schema is not ready")
+
+// Querier is what a pool, a connection and a transaction have in common.
+type Querier interface {
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// CheckVersion returns nil if this program may work on the schema: its version
+// is at least Version, and it is compatible since Version or earlier. Otherwise
+// the error wraps ErrIncompatible or ErrNotReady, or it is the database's own.
+func CheckVersion(ctx context.Context, db Querier, name string) error {
+	var version, compatibleSince int
+	sql := "SELECT version, compatible_since FROM " + pgx.Identifier{name, "txbox_version"}.Sanitize()
+	err := db.QueryRow(ctx, sql).Scan(&version, &compatibleSince)
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000" || pgErr.Code == "42501"):
+		return fmt.Errorf("%w: schema %q: %s; run \"relay migrate up\"", ErrNotReady, name, pgErr.Message)
+	case errors.Is(err, pgx.ErrNoRows):
+		return fmt.Errorf("%w: schema %q: txbox_version is empty", ErrNotReady, name)
+	case err != nil:
+		return fmt.Errorf("read schema version: %w", err)
+	case compatibleSince > Version:
+		return fmt.Errorf("%w: schema %q has version %d and serves programs since version %d, this one is of version %d",
+			ErrIncompatible, name, version, compatibleSince, Version)
+	case version < Version:
+		return fmt.Errorf("%w: schema %q has version %d, this program wants %d; run \"relay migrate up\"",
+			ErrNotReady, name, version, Version)
+	}
+	return nil
+}
