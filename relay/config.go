@@ -1,0 +1,100 @@
+package relay
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/txbox/txbox/internal/dbschema"
+)
+
+// Config is what New may be told. The zero value works.
+type Config struct {
+	// Name is shown to people; default host-pid. Two relays may share one. At most
+	// 255 bytes.
+	Name string
+	// Schema is the database schema of txbox's tables; default "txbox".
+	Schema string
+	// Lease is how long the lanes of a relay that died stay its own; default 15 s.
+	// A relay that cannot renew stops publishing before its lease ends. Not below
+	// the publisher's ConfirmTimeout.
+	Lease time.Duration
+	// RetryFor is how long a message is tried after its first refusal before it is
+	// parked as dead; default 7 days.
+	RetryFor time.Duration
+	// IdleInterval is the longest wait between two looks at the outbox; default
+	// 50 ms.
+	IdleInterval time.Duration
+	// StopTimeout bounds a clean stop: finishing what is in flight and freeing the
+	// lanes; default 20 s.
+	StopTimeout time.Duration
+	// Logger gets a line per change of state; default slog.Default().
+	Logger *slog.Logger
+}
+
+const (
+	defaultLease        = 15 * time.Second
+	defaultRetryFor     = 7 * 24 * time.Hour
+	defaultIdleInterval = 50 * time.Millisecond
+	defaultStopTimeout  = 20 * time.Second
+	// minConns is how many connections a relay uses at once.
+	minConns = 3
+)
+
+// withDefaults returns the configuration to run with, or everything that is wrong
+// with it.
+func (cfg Config) withDefaults(db *pgxpool.Pool, pub Publisher) (Config, error) {
+	var problems []error
+	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
+	if db == nil {
+		problem("db is nil")
+	} else if n := db.Config().MaxConns; n < minConns {
+		problem("db: MaxConns is %d, a relay needs %d", n, minConns)
+	}
+	if pub == nil {
+		problem("pub is nil")
+	}
+	for _, d := range []struct {
+		name  string
+		value *time.Duration
+		byDef time.Duration
+	}{
+		{"Lease", &cfg.Lease, defaultLease},
+		{"RetryFor", &cfg.RetryFor, defaultRetryFor},
+		{"IdleInterval", &cfg.IdleInterval, defaultIdleInterval},
+		{"StopTimeout", &cfg.StopTimeout, defaultStopTimeout},
+	} {
+		if *d.value < 0 {
+			problem("%s: %s is negative", d.name, *d.value)
+		}
+		if *d.value == 0 {
+			*d.value = d.byDef
+		}
+	}
+	if pub != nil && cfg.Lease < pub.rabbitMQ().cfg.ConfirmTimeout {
+		problem("Lease: %s is shorter than the publisher's ConfirmTimeout of %s", cfg.Lease, pub.rabbitMQ().cfg.ConfirmTimeout)
+	}
+	var err error
+	if cfg.Schema, err = dbschema.Name(cfg.Schema); err != nil {
+		problems = append(problems, err)
+	}
+	if cfg.Name == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			host = "unknown"
+		}
+		cfg.Name = fmt.Sprintf("%s-%d", host, os.Getpid())
+	}
+	if len(cfg.Name) > 255 || !utf8.ValidString(cfg.Name) {
+		problem("Name: must be valid UTF-8 of at most 255 bytes")
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	return cfg, errors.Join(problems...)
+}

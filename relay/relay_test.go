@@ -1,0 +1,205 @@
+package relay_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	amqp "github.com/rabbitmq/amqp091-go"
+	"go.uber.org/goleak"
+
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+	"github.com/txbox/txbox/relay"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// bundle is what a test of the relay has for itself.
+type bundle struct {
+	*testing.T
+	db      *testenv.DB
+	writer  outbox.Writer
+	amqpURL string
+	ch      *amqp.Channel
+	queue   string // bound to the exchange of the same name
+}
+
+func setup(t *testing.T) *bundle { return setupAt(t, testenv.AMQPURL(t)) }
+
+func setupAt(t *testing.T, amqpURL string) *bundle {
+	t.Helper()
+	b := &bundle{T: t, db: testenv.Schema(t), amqpURL: amqpURL, queue: testenv.Name(t)}
+	b.writer = outbox.Writer{Schema: b.db.Schema}
+	conn, err := amqp.Dial(amqpURL)
+	b.must(err)
+	t.Cleanup(func() { conn.Close() })
+	b.ch, err = conn.Channel()
+	b.must(err)
+	b.declare(b.queue)
+	t.Cleanup(func() {
+		b.ch.QueueDelete(b.queue, false, false, false)
+		b.ch.ExchangeDelete(b.queue, false, false)
+	})
+	return b
+}
+
+func (b *bundle) must(err error) {
+	b.Helper()
+	if err != nil {
+		b.Fatal(err)
+	}
+}
+
+// declare makes a fanout exchange and a quorum queue of that name.
+func (b *bundle) declare(name string) {
+	b.Helper()
+	b.must(b.ch.ExchangeDeclare(name, "fanout", true, false, false, false, nil))
+	_, err := b.ch.QueueDeclare(name, true, false, false, false, amqp.Table{"x-queue-type": "quorum"})
+	b.must(err)
+	b.must(b.ch.QueueBind(name, "", name, false, nil))
+}
+
+// start runs a relay; the function that it returns stops it and checks that it
+// stopped cleanly.
+func (b *bundle) start(change ...func(*relay.Config, *relay.RabbitMQConfig)) (*relay.Relay, func()) {
+	b.Helper()
+	cfg := relay.Config{Schema: b.db.Schema, Logger: slog.New(slog.NewTextHandler(b.Output(), nil))}
+	pubCfg := relay.RabbitMQConfig{}
+	for _, c := range change {
+		c(&cfg, &pubCfg)
+	}
+	pub, err := relay.RabbitMQ(b.amqpURL, pubCfg)
+	b.must(err)
+	r, err := relay.New(b.db.Pool, pub, cfg)
+	b.must(err)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	stopped := false
+	stop := func() {
+		if stopped {
+			return
+		}
+		stopped = true
+		cancel()
+		if err := <-done; err != nil {
+			b.Errorf("Run: %v", err)
+		}
+	}
+	b.Cleanup(stop)
+	return r, stop
+}
+
+func (b *bundle) write(msgs ...outbox.Message) {
+	b.Helper()
+	ctx := testenv.Context(b)
+	b.must(pgx.BeginFunc(ctx, b.db, func(tx pgx.Tx) error { return b.writer.Write(ctx, tx, msgs...) }))
+}
+
+// messages makes n messages for the bundle's exchange.
+func (b *bundle) messages(n int, key func(i int) string) []outbox.Message {
+	msgs := make([]outbox.Message, n)
+	for i := range msgs {
+		msgs[i] = outbox.Message{ID: outbox.NewID(), Exchange: b.queue, Key: key(i), Type: fmt.Sprint(i), Payload: fmt.Appendf(nil, `{"n":%d}`, i)}
+	}
+	return msgs
+}
+
+func noKey(int) string { return "" }
+
+// count returns how many rows a table holds.
+func (b *bundle) count(table string) (n int) {
+	b.Helper()
+	b.must(b.db.QueryRow(testenv.Context(b), "SELECT count(*) FROM "+b.db.Table(table)).Scan(&n))
+	return n
+}
+
+func (b *bundle) eventuallyCount(table string, want int) {
+	b.Helper()
+	testenv.Eventually(b, 30*time.Second, fmt.Sprintf("%d rows in %s", want, table), func() bool { return b.count(table) == want })
+}
+
+// drain takes messages from a queue until it has seen want different IDs and
+// nothing more comes.
+func (b *bundle) drain(queue string, want int) []amqp.Delivery {
+	b.Helper()
+	var all []amqp.Delivery
+	ids := make(map[string]bool)
+	testenv.Eventually(b, 30*time.Second, fmt.Sprintf("%d messages in %s", want, queue), func() bool {
+		for {
+			d, ok, err := b.ch.Get(queue, true)
+			b.must(err)
+			if !ok {
+				return len(ids) >= want
+			}
+			all = append(all, d)
+			ids[d.MessageId] = true
+		}
+	})
+	return all
+}
+
+func TestCommittedMessagesArePublishedOnceAndDeleted(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	msgs := b.messages(2500, noKey)
+	b.write(msgs...)
+	r, stop := b.start()
+	got := b.drain(b.queue, len(msgs))
+	b.eventuallyCount("outbox", 0)
+	stop()
+	if len(got) != len(msgs) {
+		t.Errorf("%d deliveries of %d messages", len(got), len(msgs))
+	}
+	if s := r.Stats(); s.Published != int64(len(msgs)) || s.Refused != 0 || s.Unknown != 0 || s.InHand != 0 {
+		t.Errorf("stats %+v", s)
+	}
+}
+
+func TestRolledBackMessagesAreNeverPublished(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.start()
+	ctx := testenv.Context(t)
+	tx, err := b.db.Begin(ctx)
+	b.must(err)
+	b.must(b.writer.Write(ctx, tx, b.messages(10, noKey)...))
+	b.must(tx.Rollback(ctx))
+	kept := b.messages(1, noKey)
+	b.write(kept...)
+	if got := b.drain(b.queue, 1); len(got) != 1 || got[0].MessageId != kept[0].ID.String() {
+		t.Errorf("got %v", got)
+	}
+}
+
+func TestMessageTravelsAsWritten(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	body := make([]byte, 256)
+	for i := range body {
+		body[i] = byte(i)
+	}
+	want := outbox.Message{
+		ID: outbox.NewID(), Exchange: b.queue, RoutingKey: "a.b", Key: "order-1\n", Type: "order.placed", ContentType: "application/x",
+		Headers: map[string]string{"traceparent": "00-1-2-01", "x-datadog-trace-id": "7", "empty": ""}, Payload: body,
+	}
+	before := time.Now().Add(-time.Minute)
+	b.write(want)
+	b.start()
+	d := b.drain(b.queue, 1)[0]
+	created, err := time.Parse(time.RFC3339Nano, d.Headers["outbox-created-at"].(string))
+	b.must(err)
+	if created.Before(before) || d.Timestamp.Sub(created).Abs() > time.Second {
+		t.Errorf("created at %s, timestamp %s", created, d.Timestamp)
+	}
+	delete(d.Headers, "outbox-created-at")
+	got := fmt.Sprint(d.MessageId, d.Exchange, d.RoutingKey, d.Type, d.ContentType, d.Headers, d.Body, d.DeliveryMode, d.UserId, d.AppId)
+	if want := fmt.Sprint(want.ID, want.Exchange, want.RoutingKey, want.Type, want.ContentType,
+		"map[empty: outbox-key:order-1\n traceparent:00-1-2-01 x-datadog-trace-id:7]", body, amqp.Persistent, "", ""); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}

@@ -1,0 +1,138 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// settler makes the tables agree with the broker's answers: confirmed messages
+// are deleted, refused ones parked. What it cannot write it writes later; until
+// then the messages stay in the hand.
+type settler struct {
+	db       *pgxpool.Pool
+	sql      statements
+	hand     *hand
+	leases   *leases
+	retryFor time.Duration
+	health   *condition
+}
+
+const (
+	settleRows    = 500
+	settleTimeout = 10 * time.Second
+)
+
+// run settles until stop is closed and nothing is left, or ctx ends.
+func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
+	failures := 0
+	var confirmed []*message
+	var refused []verdict
+	for {
+		if len(confirmed) == 0 && len(refused) == 0 {
+			confirmed, refused = s.hand.toSettle(settleRows)
+		}
+		if len(confirmed) == 0 && len(refused) == 0 {
+			select {
+			case <-s.hand.settle:
+			case <-stop:
+				if confirmed, refused = s.hand.toSettle(settleRows); len(confirmed) == 0 && len(refused) == 0 {
+					return
+				}
+			case <-ctx.Done():
+				return
+			}
+			continue
+		}
+		err := s.delete(ctx, confirmed)
+		if err == nil {
+			confirmed = nil
+			err = s.park(ctx, refused)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		s.health.set(err)
+		if err == nil {
+			refused, failures = nil, 0
+			continue
+		}
+		failures++
+		if pause(ctx, min(backOff(failures), time.Second)) != nil {
+			return
+		}
+	}
+}
+
+// delete removes the rows of confirmed messages. It is not fenced: whoever owns
+// the lane now, a confirmed message is done. Nothing waits for the disk: what a
+// crash forgets is published twice.
+func (s *settler) delete(ctx context.Context, confirmed []*message) error {
+	if len(confirmed) == 0 {
+		return nil
+	}
+	ids := make([]int64, len(confirmed))
+	messageIDs := make([]uuid.UUID, len(confirmed))
+	for i, m := range confirmed {
+		ids[i], messageIDs[i] = m.id, m.messageID
+	}
+	if err := s.exec(ctx, asyncCommit, s.sql.delete, ids, messageIDs); err != nil {
+		return fmt.Errorf("delete confirmed messages: %w", err)
+	}
+	for _, m := range confirmed {
+		s.hand.settled(m)
+	}
+	return nil
+}
+
+// park records refusals, of messages whose lane is still ours under the epoch at
+// which they were read.
+func (s *settler) park(ctx context.Context, refused []verdict) error {
+	var fresh, parked []verdict
+	for _, v := range refused {
+		if v.parked {
+			parked = append(parked, v)
+		} else {
+			fresh = append(fresh, v)
+		}
+	}
+	if len(fresh) > 0 {
+		if err := s.exec(ctx, asyncCommit, s.sql.park, s.arrays(fresh)...); err != nil {
+			return fmt.Errorf("park refused messages: %w", err)
+		}
+	}
+	if len(parked) > 0 {
+		if err := s.exec(ctx, asyncCommit, s.sql.repark, append(s.arrays(parked), s.retryFor.Seconds())...); err != nil {
+			return fmt.Errorf("park refused messages again: %w", err)
+		}
+	}
+	for _, v := range refused {
+		s.hand.settled(v.message)
+	}
+	return nil
+}
+
+func (s *settler) arrays(refused []verdict) []any {
+	n := len(refused)
+	laneIDs, epochs, ids, messageIDs := make([]int16, n), make([]int64, n), make([]int64, n), make([]uuid.UUID, n)
+	reasons, attempts, delays, errs := make([]string, n), make([]int32, n), make([]float64, n), make([]string, n)
+	for i, v := range refused {
+		laneIDs[i], epochs[i], ids[i], messageIDs[i] = v.lane, v.epoch, v.id, v.messageID
+		reasons[i], attempts[i], delays[i], errs[i] = v.reason, int32(v.spend), v.delay.Seconds(), v.lastError
+	}
+	return []any{*s.leases.owner.Load(), laneIDs, epochs, ids, messageIDs, reasons, attempts, delays, errs}
+}
+
+// exec runs one statement in a transaction of its own, in one round trip.
+func (s *settler) exec(ctx context.Context, commit, sql string, args ...any) error {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	batch := &pgx.Batch{}
+	batch.Queue(commit)
+	batch.Queue(sql, args...)
+	return s.db.SendBatch(ctx, batch).Close()
+}

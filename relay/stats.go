@@ -1,0 +1,80 @@
+package relay
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+)
+
+var errNotStarted = errors.New("not started")
+
+// condition is something that holds or fails, such as the way to the broker. It
+// logs a line when that changes, not for each failure.
+type condition struct {
+	what string
+	log  *slog.Logger
+
+	mu  sync.Mutex
+	err error
+}
+
+func (c *condition) set(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before := c.err
+	c.err = err
+	switch {
+	case err != nil && (before == nil || before == errNotStarted):
+		c.log.Warn(c.what+" fails", "error", err)
+	case err == nil && before != nil:
+		c.log.Info(c.what + " works")
+	}
+}
+
+func (c *condition) get() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s: %w", c.what, c.err)
+}
+
+type counts struct {
+	published, refused, unknown atomic.Int64
+}
+
+// Stats is a snapshot of a relay, without a look at the database. Counters begin
+// with the process.
+type Stats struct {
+	Published int64 // messages confirmed by the broker and not returned
+	Refused   int64 // verdicts by which a message was parked
+	Unknown   int64 // publishes whose answer was lost; each was repeated
+	LeaseLost int64 // leases that ended before they were renewed
+	Lanes     int   // owned now, of 64
+	InHand    int   // messages read and not settled
+}
+
+// Stats returns the relay's counters.
+func (r *Relay) Stats() Stats {
+	ids, _ := r.leases.owned()
+	r.hand.mu.Lock()
+	inHand := len(r.hand.byID) - len(r.hand.gone)
+	r.hand.mu.Unlock()
+	return Stats{
+		Published: r.counts.published.Load(),
+		Refused:   r.counts.refused.Load(),
+		Unknown:   r.counts.unknown.Load(),
+		LeaseLost: r.leases.lost.Load(),
+		Lanes:     len(ids),
+		InHand:    inHand,
+	}
+}
+
+// Ready returns nil while the relay can do its work, and otherwise everything
+// that keeps it from it.
+func (r *Relay) Ready() error {
+	return errors.Join(r.schema.get(), r.leasing.get(), r.reading.get(), r.settling.get(), r.broker.get(), r.blocked.get())
+}
