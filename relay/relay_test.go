@@ -3,11 +3,15 @@ package relay_test
 import (
 	"context"
 	"fmt"
+	"log"
 	"log/slog"
+	"os"
+	"os/exec"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.uber.org/goleak"
 
@@ -16,7 +20,52 @@ import (
 	"github.com/txbox/txbox/relay"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv("RELAY_TEST_CHILD") != "" {
+		os.Exit(runChild())
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// runChild is a relay in a process of its own, for tests that kill it.
+func runChild() int {
+	ctx := context.Background()
+	db, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
+	if err != nil {
+		log.Print(err)
+		return 1
+	}
+	pub, err := relay.RabbitMQ(os.Getenv("AMQP_URL"), relay.RabbitMQConfig{ConfirmTimeout: time.Second})
+	if err != nil {
+		log.Print(err)
+		return 1
+	}
+	r, err := relay.New(db, pub, relay.Config{Schema: os.Getenv("RELAY_TEST_CHILD"), Lease: time.Second})
+	if err != nil {
+		log.Print(err)
+		return 1
+	}
+	if err := r.Run(ctx); err != nil {
+		log.Print(err)
+		return 1
+	}
+	return 0
+}
+
+// startChild runs a relay as a process and returns it; it does not outlive the
+// test.
+func (b *bundle) startChild() *os.Process {
+	b.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "RELAY_TEST_CHILD="+b.db.Schema, "DATABASE_URL="+b.db.URL, "AMQP_URL="+b.amqpURL)
+	cmd.Stdout, cmd.Stderr = b.Output(), b.Output()
+	b.must(cmd.Start())
+	b.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait() // it was killed
+	})
+	return cmd.Process
+}
 
 // bundle is what a test of the relay has for itself.
 type bundle struct {
@@ -28,23 +77,32 @@ type bundle struct {
 	queue   string // bound to the exchange of the same name
 }
 
-func setup(t *testing.T) *bundle { return setupAt(t, testenv.AMQPURL(t)) }
-
-func setupAt(t *testing.T, amqpURL string) *bundle {
+func setup(t *testing.T) *bundle {
 	t.Helper()
-	b := &bundle{T: t, db: testenv.Schema(t), amqpURL: amqpURL, queue: testenv.Name(t)}
+	return setupAt(t, testenv.DatabaseURL(t), testenv.AMQPURL(t))
+}
+
+func setupAt(t *testing.T, databaseURL, amqpURL string) *bundle {
+	t.Helper()
+	b := &bundle{T: t, db: testenv.SchemaAt(t, databaseURL), amqpURL: amqpURL, queue: testenv.Name(t)}
 	b.writer = outbox.Writer{Schema: b.db.Schema}
-	conn, err := amqp.Dial(amqpURL)
-	b.must(err)
-	t.Cleanup(func() { conn.Close() })
-	b.ch, err = conn.Channel()
-	b.must(err)
+	b.connect()
 	b.declare(b.queue)
 	t.Cleanup(func() {
 		b.ch.QueueDelete(b.queue, false, false, false)
 		b.ch.ExchangeDelete(b.queue, false, false)
 	})
 	return b
+}
+
+// connect gives the test a channel of its own, also after a broker's restart.
+func (b *bundle) connect() {
+	b.Helper()
+	conn, err := amqp.Dial(b.amqpURL)
+	b.must(err)
+	b.Cleanup(func() { conn.Close() })
+	b.ch, err = conn.Channel()
+	b.must(err)
 }
 
 func (b *bundle) must(err error) {
@@ -197,6 +255,7 @@ func TestMessageTravelsAsWritten(t *testing.T) {
 		t.Errorf("created at %s, timestamp %s", created, d.Timestamp)
 	}
 	delete(d.Headers, "outbox-created-at")
+	delete(d.Headers, "x-delivery-count") // the queue's
 	got := fmt.Sprint(d.MessageId, d.Exchange, d.RoutingKey, d.Type, d.ContentType, d.Headers, d.Body, d.DeliveryMode, d.UserId, d.AppId)
 	if want := fmt.Sprint(want.ID, want.Exchange, want.RoutingKey, want.Type, want.ContentType,
 		"map[empty: outbox-key:order-1\n traceparent:00-1-2-01 x-datadog-trace-id:7]", body, amqp.Persistent, "", ""); got != want {

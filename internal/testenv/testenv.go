@@ -54,7 +54,13 @@ func Name(t testing.TB) string {
 // Schema migrates a new schema and drops it when the test ends.
 func Schema(t testing.TB) *DB {
 	t.Helper()
-	db := EmptySchema(t)
+	return SchemaAt(t, DatabaseURL(t))
+}
+
+// SchemaAt is Schema on a server of the test's own.
+func SchemaAt(t testing.TB, databaseURL string) *DB {
+	t.Helper()
+	db := emptySchemaAt(t, databaseURL)
 	if err := migrations.Up(Context(t), db.URL, migrations.Config{Schema: db.Schema}); err != nil {
 		t.Fatalf("migrate: %v", err)
 	}
@@ -64,7 +70,12 @@ func Schema(t testing.TB) *DB {
 // EmptySchema reserves the name of a schema, and drops it when the test ends.
 func EmptySchema(t testing.TB) *DB {
 	t.Helper()
-	db := &DB{URL: DatabaseURL(t), Schema: Name(t)}
+	return emptySchemaAt(t, DatabaseURL(t))
+}
+
+func emptySchemaAt(t testing.TB, databaseURL string) *DB {
+	t.Helper()
+	db := &DB{URL: databaseURL, Schema: Name(t)}
 	pool, err := pgxpool.New(Context(t), db.URL)
 	if err != nil {
 		t.Fatalf("connect: %v", err)
