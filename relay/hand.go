@@ -46,7 +46,8 @@ type hand struct {
 	byID      map[int64]*message
 	waiting   map[string][]*message // by key, behind the one message of the key in ready or in flight
 	bytes     int                   // of payloads
-	busy      [lanes]int            // messages taken and not settled
+	held      [lanes]int            // messages not settled
+	busy      [lanes]int            // of those, messages taken
 	confirmed []*message
 	refused   []verdict
 	gone      []int64 // settled since the last read ended
@@ -92,6 +93,7 @@ func (h *hand) admit(page []*message) (added int) {
 			continue
 		}
 		h.byID[m.id] = m
+		h.held[m.lane]++
 		h.bytes += len(m.payload)
 		added++
 		if m.key == "" {
@@ -129,6 +131,7 @@ func (h *hand) drop(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	delete(h.byID, m.id)
+	h.held[m.lane]--
 	h.bytes -= len(m.payload)
 	h.next(m)
 	notify(h.space)
@@ -193,6 +196,7 @@ func (h *hand) toSettle(max int) (confirmed []*message, refused []verdict) {
 func (h *hand) settled(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.held[m.lane]--
 	h.busy[m.lane]--
 	h.bytes -= len(m.payload)
 	m.payload = nil
@@ -201,13 +205,20 @@ func (h *hand) settled(m *message) {
 }
 
 // idle says that nothing of a lane is under way.
-func (h *hand) idle(lane int16) bool {
+func (h *hand) idle(lane int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.busy[lane] == 0
 }
 
-// ids returns the ids of all messages in the hand that were parked.
+// empty says that nothing of a lane is in the hand.
+func (h *hand) empty(lane int) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.held[lane] == 0
+}
+
+// parkedIDs returns the ids of all messages in the hand that were parked.
 func (h *hand) parkedIDs() []int64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -2,9 +2,9 @@ package relay
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,9 +13,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// leases holds what this relay owns. The state of a lane, seen from here, is its
-// epoch: 0 is not ours. Readers and publishers only look; one goroutine, run,
-// changes it.
+// leases holds what this relay owns. Readers and publishers look and one goroutine,
+// run, renews; whoever first sees that the lease has ended gives up everything,
+// so that no answer that comes later revives it.
 type leases struct {
 	db     *pgxpool.Pool
 	sql    statements
@@ -25,13 +25,14 @@ type leases struct {
 	log    *slog.Logger
 	health *condition
 
-	epochs   [lanes]atomic.Int64
-	deadline atomic.Int64 // of the lease, by our own monotonic clock, see since
-	changed  chan struct{}
-	lost     atomic.Int64 // leases that ended before they were renewed
+	changed chan struct{} // lanes came or went
+	lost    atomic.Int64  // leases that ended before they were renewed
 
-	owner    atomic.Pointer[uuid.UUID] // fresh for each process, and after each lapse
-	draining [lanes]bool
+	mu       sync.RWMutex
+	owner    uuid.UUID    // fresh for each process, and after each lapse
+	epochs   [lanes]int64 // 0: not ours
+	deadline int64        // of the lease, by our own monotonic clock; 0: none yet
+	draining [lanes]bool  // not published from any more, to be released
 }
 
 // began is where our monotonic clock starts.
@@ -44,42 +45,50 @@ func since() int64 { return int64(time.Since(began)) }
 const round = time.Second
 
 func newLeases(db *pgxpool.Pool, sql statements, cfg Config, h *hand, health *condition) *leases {
-	l := &leases{
+	return &leases{
 		db: db, sql: sql, name: cfg.Name, lease: cfg.Lease, hand: h,
-		log: cfg.Logger, health: health, changed: make(chan struct{}, 1),
+		log: cfg.Logger, health: health, changed: make(chan struct{}, 1), owner: uuid.New(),
 	}
-	l.forget()
-	return l
 }
 
 // mayPublish says whether a message may be written to the broker now. It is asked
 // right before each write: a relay that cannot renew stops before its lease ends.
 func (l *leases) mayPublish(m *message) bool {
-	return l.epochs[m.lane].Load() == m.epoch && since() < l.deadline.Load()
+	l.mu.RLock()
+	ours, ended := l.epochs[m.lane] == m.epoch, since() >= l.deadline
+	l.mu.RUnlock()
+	if ours && ended {
+		l.mu.Lock()
+		l.lapse()
+		l.mu.Unlock()
+	}
+	return ours && !ended
 }
 
-// owned returns the lanes that are ours and their epochs.
-func (l *leases) owned() (ids []int16, epochs [lanes]int64) {
-	ids = []int16{}
-	for lane := range l.epochs {
-		if epoch := l.epochs[lane].Load(); epoch != 0 {
-			ids = append(ids, int16(lane))
-			epochs[lane] = epoch
-		}
-	}
-	return ids, epochs
+// owned returns the epochs of the lanes that are ours.
+func (l *leases) owned() [lanes]int64 {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.epochs
 }
 
-// forget gives up all lanes at once, and the identity under which they were ours:
-// whoever takes them now, we ourselves included, is a new owner.
-func (l *leases) forget() {
-	for lane := range l.epochs {
-		l.epochs[lane].Store(0)
-		l.draining[lane] = false
+// identity returns the owner under which the lanes are held now.
+func (l *leases) identity() uuid.UUID {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	return l.owner
+}
+
+// lapse gives up all lanes if the lease has ended, and the identity under which
+// they were ours: whoever takes them now, we ourselves included, is a new owner.
+// The caller holds mu.
+func (l *leases) lapse() {
+	if l.deadline == 0 || since() < l.deadline {
+		return
 	}
-	id := uuid.New()
-	l.owner.Store(&id)
-	l.deadline.Store(0)
+	l.lost.Add(1)
+	l.log.Warn("lease ended before it was renewed; all lanes given up", "relay", l.name)
+	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]bool{}, 0
 }
 
 // run keeps the lease and the fair share of lanes until ctx ends.
@@ -110,43 +119,33 @@ func (l *leases) run(ctx context.Context) {
 
 // once does one round: renew, take, give up what is beyond the fair share.
 func (l *leases) once(ctx context.Context, renew bool) error {
+	l.mu.Lock()
+	l.lapse()
+	owner, deadline := l.owner, l.deadline
+	l.mu.Unlock()
 	sent := since()
-	deadline := l.deadline.Load()
-	if deadline != 0 && sent >= deadline {
-		l.lapse()
-		deadline, renew = 0, true
-	}
 	timeout := l.lease / 3
-	if deadline != 0 {
+	if deadline == 0 {
+		renew = true
+	} else {
 		timeout = min(timeout, time.Duration(deadline-sent))
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	owned, share, err := l.exchange(ctx, renew)
+	owned, share, err := l.exchange(ctx, owner, renew)
 	if err != nil {
 		return fmt.Errorf("lease lanes: %w", err)
 	}
-	if deadline != 0 && since() >= deadline {
-		l.lapse() // the answer came after the lease had ended, others may have taken over
+	if !l.adopt(owner, owned, sent, renew) {
 		return nil
 	}
-	if renew {
-		l.deadline.Store(sent + int64(l.lease))
-	}
-	l.adopt(owned)
 	return l.giveUp(ctx, share)
 }
 
-func (l *leases) lapse() {
-	l.lost.Add(1)
-	l.log.Warn("lease ended before it was renewed; all lanes given up", "relay", l.name)
-	l.forget()
-}
-
-func (l *leases) exchange(ctx context.Context, renew bool) (owned map[int16]int64, share int, err error) {
+func (l *leases) exchange(ctx context.Context, owner uuid.UUID, renew bool) (owned map[int16]int64, share int, err error) {
 	batch := &pgx.Batch{}
 	batch.Queue(localCommit)
-	batch.Queue(l.sql.lease, *l.owner.Load(), l.name, l.lease, renew)
+	batch.Queue(l.sql.lease, owner, l.name, l.lease, renew)
 	results := l.db.SendBatch(ctx, batch)
 	defer results.Close()
 	if _, err := results.Exec(); err != nil {
@@ -168,49 +167,53 @@ func (l *leases) exchange(ctx context.Context, renew bool) (owned map[int16]int6
 	return owned, share, results.Close()
 }
 
-// adopt makes memory agree with what the database says is ours.
-func (l *leases) adopt(owned map[int16]int64) {
-	changed := false
+// adopt makes memory agree with what the database says is ours. It returns false
+// if the lease ended while the answer was on its way: others may own all by now.
+func (l *leases) adopt(owner uuid.UUID, owned map[int16]int64, sent int64, renewed bool) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lapse()
+	if l.owner != owner {
+		return false
+	}
+	if renewed {
+		l.deadline = sent + int64(l.lease)
+	}
 	for lane := range l.epochs {
 		epoch := owned[int16(lane)]
-		if l.draining[lane] && epoch != 0 {
-			continue
+		if epoch == 0 {
+			l.draining[lane] = false
 		}
-		l.draining[lane] = false
-		if l.epochs[lane].Swap(epoch) != epoch {
-			changed = true
+		if !l.draining[lane] && l.epochs[lane] != epoch {
+			l.epochs[lane] = epoch
+			notify(l.changed)
 		}
 	}
-	if changed {
-		notify(l.changed)
-	}
+	return true
 }
 
 // giveUp frees the lanes beyond our share. Publishing in them stops at once; a
-// lane is released when nothing of it is under way, so that its next owner
+// lane is released when nothing of it is in the hand, so that its next owner
 // repeats nothing.
 func (l *leases) giveUp(ctx context.Context, share int) error {
-	kept := 0
-	idle := []int16{}
+	l.mu.Lock()
+	kept, empty := 0, []int16{}
 	for lane := range l.epochs {
-		if l.epochs[lane].Load() != 0 {
+		if l.epochs[lane] != 0 {
 			if kept++; kept > share {
-				l.epochs[lane].Store(0)
-				l.draining[lane] = true
+				l.epochs[lane], l.draining[lane] = 0, true
 			}
 		}
-		if l.draining[lane] && l.hand.idle(int16(lane)) {
-			idle = append(idle, int16(lane))
+		if l.draining[lane] && l.hand.empty(lane) {
+			empty = append(empty, int16(lane))
 		}
 	}
-	if len(idle) == 0 {
+	l.mu.Unlock()
+	if len(empty) == 0 {
 		return nil
 	}
-	if err := l.release(ctx, idle, false); err != nil {
+	if err := l.release(ctx, empty, false); err != nil {
 		return fmt.Errorf("release lanes: %w", err)
-	}
-	for _, lane := range idle {
-		l.draining[lane] = false
 	}
 	return nil
 }
@@ -218,7 +221,7 @@ func (l *leases) giveUp(ctx context.Context, share int) error {
 func (l *leases) release(ctx context.Context, ids []int16, leaving bool) error {
 	batch := &pgx.Batch{}
 	batch.Queue(localCommit)
-	batch.Queue(l.sql.release, *l.owner.Load(), ids, leaving)
+	batch.Queue(l.sql.release, l.identity(), ids, leaving)
 	return l.db.SendBatch(ctx, batch).Close()
 }
 
@@ -226,13 +229,12 @@ func (l *leases) release(ctx context.Context, ids []int16, leaving bool) error {
 // next owners start at once. The others' lease is left to run out.
 func (l *leases) leave(ctx context.Context) error {
 	idle := []int16{}
-	for lane := range l.epochs {
-		l.epochs[lane].Store(0)
-		if l.hand.idle(int16(lane)) {
+	for lane := range lanes {
+		if l.hand.idle(lane) {
 			idle = append(idle, int16(lane))
 		}
 	}
-	if err := l.release(ctx, idle, len(idle) == lanes); err != nil && !errors.Is(err, context.Canceled) {
+	if err := l.release(ctx, idle, len(idle) == lanes); err != nil {
 		return fmt.Errorf("release lanes: %w", err)
 	}
 	return nil

@@ -20,10 +20,10 @@ type reader struct {
 	idle   time.Duration // longest wait between two looks
 	health *condition
 
-	cursor   int64     // the newest id that was read
-	passDone bool      // the pass that began at the first id has reached the end
-	passAt   time.Time // when the last pass began
-	dueAt    time.Time // when parked messages were last looked at
+	epochs [lanes]int64 // of the lanes that are read
+	cursor int64        // the newest id that was read
+	passAt time.Time    // when the last pass from the first id began
+	dueAt  time.Time    // when parked messages were last looked at
 }
 
 const (
@@ -48,7 +48,6 @@ func (r *reader) run(ctx context.Context) {
 		case <-r.wake:
 			wait = 0
 		case <-r.leases.changed:
-			r.passAt = time.Time{}
 		}
 		added, err := r.once(ctx)
 		if ctx.Err() != nil {
@@ -80,7 +79,7 @@ func (r *reader) run(ctx context.Context) {
 // what is due. It returns how many messages were new.
 func (r *reader) once(ctx context.Context) (added int, err error) {
 	defer r.hand.readEnded()
-	ids, epochs := r.leases.owned()
+	ids := r.lanes()
 	if len(ids) == 0 || r.hand.full() {
 		return 0, nil
 	}
@@ -88,14 +87,14 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 	if now.Sub(r.passAt) >= passEvery {
 		r.passAt, r.cursor = now, 0
 	}
-	page, last, err := r.read(ctx, epochs, r.sql.page, r.cursor, pageRows, pageBytes, ids)
+	page, last, err := r.read(ctx, r.sql.page, r.cursor, pageRows, pageBytes, ids)
 	if err != nil {
 		return 0, fmt.Errorf("read outbox: %w", err)
 	}
 	r.cursor = max(r.cursor, last)
 	added = r.hand.admit(page)
 	if now.Sub(r.dueAt) >= dueEvery {
-		due, _, err := r.read(ctx, epochs, r.sql.due, duePerLane, pageBytes, ids, r.hand.parkedIDs())
+		due, _, err := r.read(ctx, r.sql.due, duePerLane, pageBytes, ids, r.hand.parkedIDs())
 		if err != nil {
 			return added, fmt.Errorf("read outbox_parked: %w", err)
 		}
@@ -117,7 +116,7 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 // the same epoch, and the highest id that was looked at. Rows are visible before
 // they are durable if their producer uses synchronous_commit=off: a server that
 // crashes then has never heard of them.
-func (r *reader) read(ctx context.Context, epochs [lanes]int64, sql string, args ...any) ([]*message, int64, error) {
+func (r *reader) read(ctx context.Context, sql string, args ...any) ([]*message, int64, error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	rows, err := r.db.Query(ctx, sql, args...)
@@ -133,13 +132,34 @@ func (r *reader) read(ctx context.Context, epochs [lanes]int64, sql string, args
 			return nil, 0, err
 		}
 	}
+	now := r.leases.owned()
 	mine := page.messages[:0]
 	for _, m := range page.messages {
-		if m.epoch = epochs[m.lane]; m.epoch != 0 && r.leases.epochs[m.lane].Load() == m.epoch {
+		if m.epoch = r.epochs[m.lane]; m.epoch == now[m.lane] {
 			mine = append(mine, m)
 		}
 	}
 	return mine, page.last, nil
+}
+
+// lanes returns the lanes to read. A lane that is newly ours is read from its
+// first message, lest a later one of a key overtake it, and not before all that
+// was read of it under a former epoch has left the hand.
+func (r *reader) lanes() []int16 {
+	ids := []int16{}
+	for lane, epoch := range r.leases.owned() {
+		if epoch != 0 && epoch != r.epochs[lane] {
+			if !r.hand.empty(lane) {
+				epoch = 0
+			} else {
+				r.passAt = time.Time{}
+			}
+		}
+		if r.epochs[lane] = epoch; epoch != 0 {
+			ids = append(ids, int16(lane))
+		}
+	}
+	return ids
 }
 
 // readDurably reads a page in a transaction and ends it when the log is on disk up

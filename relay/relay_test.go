@@ -182,23 +182,33 @@ func (b *bundle) eventuallyCount(table string, want int) {
 }
 
 // drain takes messages from a queue until it has seen want different IDs and
-// nothing more comes.
+// nothing more is there.
 func (b *bundle) drain(queue string, want int) []amqp.Delivery {
 	b.Helper()
+	deliveries, err := b.ch.Consume(queue, queue, true, false, false, false, nil)
+	b.must(err)
+	defer b.ch.Cancel(queue, false)
 	var all []amqp.Delivery
 	ids := make(map[string]bool)
-	testenv.Eventually(b, 30*time.Second, fmt.Sprintf("%d messages in %s", want, queue), func() bool {
-		for {
-			d, ok, err := b.ch.Get(queue, true)
-			b.must(err)
-			if !ok {
-				return len(ids) >= want
-			}
+	quiet := time.NewTimer(0)
+	defer quiet.Stop()
+	limit := time.NewTimer(time.Minute)
+	defer limit.Stop()
+	for {
+		select {
+		case d := <-deliveries:
 			all = append(all, d)
 			ids[d.MessageId] = true
+			quiet.Reset(200 * time.Millisecond)
+		case <-quiet.C:
+			if len(ids) >= want {
+				return all
+			}
+			quiet.Reset(200 * time.Millisecond)
+		case <-limit.C:
+			b.Fatalf("%d of %d messages came to %s within a minute", len(ids), want, queue)
 		}
-	})
-	return all
+	}
 }
 
 func TestCommittedMessagesArePublishedOnceAndDeleted(t *testing.T) {
@@ -256,8 +266,8 @@ func TestMessageTravelsAsWritten(t *testing.T) {
 	}
 	delete(d.Headers, "outbox-created-at")
 	delete(d.Headers, "x-delivery-count") // the queue's
-	got := fmt.Sprint(d.MessageId, d.Exchange, d.RoutingKey, d.Type, d.ContentType, d.Headers, d.Body, d.DeliveryMode, d.UserId, d.AppId)
-	if want := fmt.Sprint(want.ID, want.Exchange, want.RoutingKey, want.Type, want.ContentType,
+	got := fmt.Sprintln(d.MessageId, d.Exchange, d.RoutingKey, d.Type, d.ContentType, d.Headers, d.Body, d.DeliveryMode, d.UserId, d.AppId)
+	if want := fmt.Sprintln(want.ID, want.Exchange, want.RoutingKey, want.Type, want.ContentType,
 		"map[empty: outbox-key:order-1\n traceparent:00-1-2-01 x-datadog-trace-id:7]", body, amqp.Persistent, "", ""); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}

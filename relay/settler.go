@@ -124,7 +124,7 @@ func (s *settler) arrays(refused []verdict) []any {
 		laneIDs[i], epochs[i], ids[i], messageIDs[i] = v.lane, v.epoch, v.id, v.messageID
 		reasons[i], attempts[i], delays[i], errs[i] = v.reason, int32(v.spend), v.delay.Seconds(), v.lastError
 	}
-	return []any{*s.leases.owner.Load(), laneIDs, epochs, ids, messageIDs, reasons, attempts, delays, errs}
+	return []any{s.leases.identity(), laneIDs, epochs, ids, messageIDs, reasons, attempts, delays, errs}
 }
 
 // exec runs one statement in a transaction of its own, in one round trip.

@@ -59,7 +59,12 @@ type Stats struct {
 
 // Stats returns the relay's counters.
 func (r *Relay) Stats() Stats {
-	ids, _ := r.leases.owned()
+	owned := 0
+	for _, epoch := range r.leases.owned() {
+		if epoch != 0 {
+			owned++
+		}
+	}
 	r.hand.mu.Lock()
 	inHand := len(r.hand.byID) - len(r.hand.gone)
 	r.hand.mu.Unlock()
@@ -68,7 +73,7 @@ func (r *Relay) Stats() Stats {
 		Refused:   r.counts.refused.Load(),
 		Unknown:   r.counts.unknown.Load(),
 		LeaseLost: r.leases.lost.Load(),
-		Lanes:     len(ids),
+		Lanes:     owned,
 		InHand:    inHand,
 	}
 }

@@ -93,7 +93,11 @@ type suspects struct {
 type suspect struct {
 	failures int
 	probe    *message
+	next     time.Time // of the next probe
 }
+
+// maxProbe bounds the pause between two probes of one exchange.
+const maxProbe = 5 * time.Second
 
 // admit says whether m may go out among others. If not, and no other message
 // probes its exchange, m becomes the probe: alone is set.
@@ -104,7 +108,7 @@ func (s *suspects) admit(m *message) bool {
 	if x == nil {
 		return true
 	}
-	if m.parked && x.probe == nil {
+	if m.parked && x.probe == nil && time.Now().After(x.next) {
 		x.probe, m.alone = m, true
 	}
 	return false
@@ -123,6 +127,7 @@ func (s *suspects) missing(m *message, tried bool) int {
 	if tried && x.probe == m {
 		x.failures++
 		x.probe = nil
+		x.next = time.Now().Add(min(backOff(x.failures), maxProbe))
 	}
 	return x.failures
 }
