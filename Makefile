@@ -1,0 +1,37 @@
+# Everything a newcomer needs is "make demo" and "make test".
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+# Recipes that need the servers run with DATABASE_URL and AMQP_URL as "up" wrote them.
+env = . .dev/env &&
+
+.PHONY: help
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: up
+up: ## start private PostgreSQL and RabbitMQ under .dev (or use DATABASE_URL / AMQP_URL)
+	@go run ./internal/servers/dev up
+
+.PHONY: down
+down: ## stop them
+	@go run ./internal/servers/dev down
+
+.PHONY: status
+status: ## say whether they serve, and where
+	@go run ./internal/servers/dev status
+
+.PHONY: demo
+demo: up ## orders become payments while the relay is killed; no card is charged twice
+	@$(env) go run ./examples/payments demo
+
+.PHONY: test
+test: up ## run all tests, with the race detector, on the servers of "up"
+	$(env) go test -race -timeout 15m ./...
+
+.PHONY: lint
+lint: ## formatting, vet, staticcheck, tidy modules, import rules
+	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted: $$files"; exit 1; }
+	go vet ./...
+	go mod tidy -diff
+	go tool -modfile=tools/go.mod staticcheck ./...
+	go test ./internal/layers

@@ -1,0 +1,66 @@
+// Package inbox gives a received message one effect in the database, however
+// often it is delivered. It records (consumer, message ID) in the transaction of
+// the effect: both commit, or neither.
+//
+//	delivered --handler returns nil--> applied: recorded, with its effects, in one commit
+//	    |                                  ^
+//	    |                                  | handler returns nil; the parked row goes in the same commit
+//	    |--handler fails--> parked: retry -+--handler fails--> retry, MaxAttempts times, then dead
+//	    |--Reject---------> parked: dead   (so does Reject; a human looks)
+//	    `--no usable ID---> parked: missing_id, bad_id   (never recorded)
+//
+//	delivered again, after any of these: dropped as a duplicate
+//
+// A message is acknowledged to RabbitMQ after the commit that records or parks
+// it, never before. Parked messages are in the table inbox_parked of the
+// consumer's own database, whole; no dead-letter exchange is needed.
+//
+// # In your own transaction
+//
+// The tables come from package migrations. A consumer that has its own loop, of
+// RabbitMQ or anything else that numbers its messages, calls [Record] first in
+// its transaction, or [RecordSQL] with any driver of database/sql:
+//
+//	first, err := inbox.Record(ctx, tx, "payments", messageID)
+//	if err != nil || !first {
+//		return err // a duplicate changes nothing
+//	}
+//
+// # In a transaction made for it
+//
+// [Handle] and [HandleSQL] do that, run a function, commit, and run all of it again
+// after a deadlock or a serialization failure. What suits a webhook:
+//
+//	_, err := inbox.Handle(ctx, db, "stripe", event.ID, func(ctx context.Context, tx pgx.Tx) error { ... })
+//
+// After [ErrCommitUnknown] call again with the same ID: the record tells whether
+// the transaction committed.
+//
+// # As a consumer of RabbitMQ
+//
+// A [Consumer] receives a queue and calls a [Handler] for each message:
+//
+//	consumer, err := inbox.NewConsumer(db, amqpURL, "payments", handler, inbox.Config{})
+//	...
+//	err = consumer.Run(ctx)
+//
+// Run ends with ctx and otherwise waits for whatever is away; [Consumer.Ready]
+// says what that is. A failed message is tried again after about a second, later
+// after up to a minute, [Config.MaxAttempts] times; [Reject] and [RetryAfter] say
+// otherwise. An outage of database or broker spends no attempts.
+//
+// Messages with one Key are handled in the order in which this consumer receives
+// them. Order across a parked message: not yet; its followers overtake it.
+//
+// # How long it remembers
+//
+// [Prune] forgets what is older than you say; run it daily. After that a delivery
+// of the message is a new message.
+//
+// # What it does not do
+//
+// Effects outside tx (a call to a payment provider) happen as often as the
+// Handler runs: hand the message's ID over as the idempotency key. Messages
+// without an ID are told apart by their contents; two that are the same, to the
+// byte, are parked once. The database must be encoded in UTF-8.
+package inbox

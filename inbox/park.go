@@ -1,0 +1,257 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Reasons why a message is parked, as in the table.
+const (
+	reasonRetry     = "retry"
+	reasonDead      = "dead"
+	reasonMissingID = "missing_id"
+	reasonBadID     = "bad_id"
+)
+
+const (
+	firstRetry, lastRetry = time.Second, time.Minute // limits of the back-off
+	maxLastError          = 4 << 10                  // bytes
+)
+
+// fate decides what becomes of a message after err failed its attempt: the reason
+// it is parked for, the attempts it has spent, and when the next one is due.
+func (c *Consumer) fate(err error, attempts int) (reason string, spent int, delay time.Duration) {
+	rejected, postponed := (*rejection)(nil), (*postponement)(nil)
+	switch {
+	case errors.As(err, &rejected), errors.Is(err, ErrTxEnded):
+		return reasonDead, attempts, 0
+	case errors.As(err, &postponed):
+		return reasonRetry, attempts - 1, postponed.delay
+	case attempts >= c.cfg.MaxAttempts:
+		return reasonDead, attempts, 0
+	}
+	limit := min(firstRetry<<min(attempts-1, 16), lastRetry)
+	return reasonRetry, attempts, rand.N(limit)
+}
+
+// isDeliberate reports whether err is from Reject or RetryAfter.
+func isDeliberate(err error) bool {
+	rejected, postponed := (*rejection)(nil), (*postponement)(nil)
+	return errors.As(err, &rejected) || errors.As(err, &postponed)
+}
+
+// park puts a delivered message aside after its handler failed, and reports
+// whether it is on record.
+func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) bool {
+	c.count(func(s *Stats) { s.Failures++ })
+	reason, attempts, delay := c.fate(err, 1)
+	rows, ok := c.persist(live, c.parkStatement(e, v, reason, attempts, delay, err))
+	switch {
+	case !ok:
+		return false
+	case rows == 0: // a twin was applied or parked
+		c.count(func(s *Stats) { s.Duplicates++ })
+	default:
+		c.parked(reason)
+	}
+	return true
+}
+
+// parkStatement parks a message; after the handler ended the transaction, without
+// asking whether it is recorded, since nobody knows what else was committed.
+func (c *Consumer) parkStatement(e envelope, v verdict, reason string, attempts int, delay time.Duration, err error) statement {
+	sql := parkSQL(c.cfg.Schema)
+	if v == ended {
+		sql = parkEndedSQL(c.cfg.Schema)
+	}
+	return statement{sql, []any{
+		c.cfg.Name, e.id(), e.digest(), e.storableKey(), reason, delay.Seconds(), attempts, lastError(err),
+		pack(e.properties), pack(e.headers), e.body,
+	}}
+}
+
+// parkUnusable parks a message that has no ID to record it by.
+func (c *Consumer) parkUnusable(live context.Context, e envelope, err error) bool {
+	reason := reasonBadID
+	if e.id() == "" {
+		reason = reasonMissingID
+	}
+	rows, ok := c.persist(live, statement{parkUnusableSQL(c.cfg.Schema), []any{
+		c.cfg.Name, reason, e.digestOfAll(), lastError(err), pack(e.properties), pack(e.headers), e.body,
+	}})
+	if ok && rows > 0 {
+		c.parked(reason)
+	}
+	return ok
+}
+
+func (c *Consumer) parked(reason string) {
+	c.count(func(s *Stats) { s.Parked[reason]++ })
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// lastError is err as text that PostgreSQL takes.
+func lastError(err error) string {
+	text := strings.ReplaceAll(err.Error(), "\x00", "\uFFFD")
+	return strings.ToValidUTF8(text[:min(len(text), maxLastError)], "")
+}
+
+// persist executes s until that succeeds or live ends, and once in any case.
+func (c *Consumer) persist(live context.Context, s statement) (rows int64, ok bool) {
+	wait := runBackOff()
+	for {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(live), callTimeout)
+		tag, err := c.db.Exec(ctx, s.sql, s.args...)
+		cancel()
+		c.reportDatabase(live, err)
+		if err == nil {
+			return tag.RowsAffected(), true
+		}
+		if !sleep(live, wait.NextBackOff()) {
+			return 0, false
+		}
+	}
+}
+
+const (
+	duePage  = 100
+	dueSoon  = 500 * time.Millisecond // between looks, while something is parked for retry
+	dueIdle  = 5 * time.Second        // while nothing is
+	dueAgain = 10 * time.Millisecond  // while there is more than a page
+)
+
+// watchDue looks for parked messages that are due and gives them to the workers,
+// until ctx ends.
+func (c *Consumer) watchDue(ctx context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-c.wake:
+		case <-ctx.Done():
+			return
+		}
+		ids, waiting, err := c.listDue(ctx)
+		for _, id := range ids {
+			select {
+			case c.due <- id:
+			case <-ctx.Done():
+				return
+			}
+		}
+		switch {
+		case len(ids) == duePage:
+			timer.Reset(dueAgain)
+		case waiting && err == nil:
+			timer.Reset(dueSoon)
+		default:
+			timer.Reset(dueIdle/2 + rand.N(dueIdle/2))
+		}
+	}
+}
+
+// listDue returns the parked messages that are due, up to a page, and whether
+// any are waiting, due or not. It also notices that an idle consumer's database is
+// away or back.
+func (c *Consumer) listDue(ctx context.Context) (ids []int64, waiting bool, err error) {
+	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	defer func() { c.reportDatabase(ctx, err) }()
+	rows, err := c.db.Query(callCtx, dueSQL(c.cfg.Schema), c.cfg.Name, duePage)
+	if err != nil {
+		return nil, false, err
+	}
+	var id int64
+	var due bool
+	_, err = pgx.ForEachRow(rows, []any{&id, &due}, func() error {
+		waiting = true
+		if due {
+			ids = append(ids, id)
+		}
+		return nil
+	})
+	return ids, waiting, err
+}
+
+// parkedMessage is a parked message whose next attempt is this worker's to make.
+type parkedMessage struct {
+	envelope
+	id       int64
+	token    int // attempts in the row: tells this attempt from a later one
+	attempts int // made, with this one
+}
+
+// handleAgain makes one more attempt at a parked message that was due.
+func (c *Consumer) handleAgain(live, ctx context.Context, id int64) {
+	if live.Err() != nil {
+		return
+	}
+	p, err := c.claim(ctx, id)
+	switch {
+	case p == nil: // another was faster, or the database is away; it is listed again
+		return
+	case err != nil:
+		c.settle(live, p, failed, Reject(err))
+		return
+	case p.attempts > c.cfg.MaxAttempts:
+		p.attempts-- // it is not made
+		c.settle(live, p, failed, Reject(errors.New("the last attempt did not come to an end: did the process die?")))
+		return
+	}
+	unpark := statement{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}
+	v, err := c.apply(ctx, live, unpark, p.envelope, p.attempts)
+	switch v {
+	case applied:
+		c.count(func(s *Stats) { s.Applied++ })
+	case failed, ended, stopped:
+		c.settle(live, p, v, err)
+	}
+}
+
+// claim counts the attempt before it is made, so that a message which kills the
+// process does not do so for ever, and puts the row off until it must be over.
+// It returns nil if the row is not to be had.
+func (c *Consumer) claim(ctx context.Context, id int64) (*parkedMessage, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	p := &parkedMessage{id: id}
+	var properties, headers []byte
+	over := c.cfg.Timeout + 3*callTimeout
+	err := c.db.QueryRow(ctx, claimSQL(c.cfg.Schema), id, over.Seconds()).Scan(&p.token, &properties, &headers, &p.body)
+	if err != nil {
+		return nil, err
+	}
+	p.attempts = p.token
+	if p.properties, err = unpack(properties); err != nil {
+		return p, err
+	}
+	p.headers, err = unpack(headers)
+	return p, err
+}
+
+// settle ends a claimed attempt that did not apply the message. If the row is not
+// there any more, somebody else has settled it.
+func (c *Consumer) settle(live context.Context, p *parkedMessage, v verdict, err error) {
+	reason, attempts, delay := c.fate(err, p.attempts)
+	if v == stopped { // no attempt after all
+		reason, attempts, delay = reasonRetry, p.attempts-1, 0
+	} else {
+		c.count(func(s *Stats) { s.Failures++ })
+	}
+	s := statement{settleSQL(c.cfg.Schema), []any{p.id, p.token, reason, attempts, lastError(err), delay.Seconds()}}
+	if v == ended {
+		s = c.parkStatement(p.envelope, v, reason, attempts, delay, err)
+	}
+	if rows, ok := c.persist(live, s); ok && rows > 0 && v != stopped {
+		c.parked(reason)
+	}
+}

@@ -1,0 +1,222 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+var (
+	// ErrCommitUnknown is returned when the connection was lost, or ctx ended,
+	// around COMMIT: the transaction may have committed or not. Call again with the
+	// same ID, which finds out.
+	ErrCommitUnknown = errors.New("outcome of COMMIT is unknown")
+	// ErrTxEnded is returned when the handler ended its transaction behind the
+	// back of this package, with a COMMIT or ROLLBACK of its own. What it had done
+	// may be committed, with or without the record of the message.
+	ErrTxEnded = errors.New("the handler ended the transaction")
+
+	errTxControl = errors.New("the handler must not end the transaction: return nil to commit it, an error to roll it back")
+	errConnLost  = errors.New("connection to the database was lost")
+)
+
+const (
+	// callTimeout bounds each call to a server that is not the handler's.
+	callTimeout = 10 * time.Second
+	// rollbackTimeout bounds what is still done after a context has ended.
+	rollbackTimeout = 5 * time.Second
+)
+
+// statement is one SQL statement with its arguments.
+type statement struct {
+	sql  string
+	args []any
+}
+
+// begin begins a transaction and runs the statements in it, in one round trip. It
+// returns how many rows the last of them affected. The caller rolls back or commits.
+func begin(ctx context.Context, db *pgxpool.Pool, statements ...statement) (pgx.Tx, int64, error) {
+	batch := &pgx.Batch{}
+	batch.BeginTx(pgx.TxOptions{})
+	var rows int64
+	for _, s := range statements {
+		batch.Queue(s.sql, s.args...).Exec(func(tag pgconn.CommandTag) error {
+			rows = tag.RowsAffected()
+			return nil
+		})
+	}
+	results := db.SendBatch(ctx, batch)
+	tx := results.Tx()
+	if err := results.Close(); err != nil {
+		rollback(ctx, tx)
+		return nil, 0, err
+	}
+	return tx, rows, nil
+}
+
+// rollback gives up what tx did, unless it is over already, and returns its
+// connection to the pool. It also works after ctx has ended. Its error adds
+// nothing: pgx then closes the connection, and the server rolls back.
+func rollback(ctx context.Context, tx pgx.Tx) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+	defer cancel()
+	_ = tx.Rollback(ctx)
+}
+
+// commit commits tx, or returns ctx's error without having tried.
+func commit(ctx context.Context, tx pgx.Tx) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return commitError(tx.Commit(ctx))
+}
+
+// commitError tells a COMMIT that the server refused from one whose outcome
+// nobody knows.
+func commitError(err error) error {
+	if err == nil || refused(err) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrCommitUnknown, err)
+}
+
+// refused reports whether err says for certain that COMMIT did nothing. FATAL is
+// no such answer: it can arrive in place of the success of a COMMIT that was
+// done, and poolers say so of a server that they lost. Nor are the classes of
+// errors that drivers and poolers report with another severity. Nor is
+// pgconn.SafeToRetry: of a connection that broke while the answer was awaited,
+// pgx 5.12 says "conn closed" and that nothing was sent.
+func refused(err error) bool {
+	if errors.Is(err, pgx.ErrTxCommitRollback) {
+		return true
+	}
+	if pgErr := (*pgconn.PgError)(nil); errors.As(err, &pgErr) {
+		severity := pgErr.SeverityUnlocalized
+		if severity == "" {
+			severity = pgErr.Severity
+		}
+		if severity == "FATAL" || severity == "PANIC" {
+			return false
+		}
+	}
+	code := sqlState(err)
+	for _, unknown := range []string{"08", "40003", "57P", "58", "XX"} {
+		if strings.HasPrefix(code, unknown) {
+			return false
+		}
+	}
+	return code != ""
+}
+
+// isConflict reports whether err is a serialization failure or a deadlock: the
+// transaction is rolled back, and running it again is the remedy.
+func isConflict(err error) bool {
+	code := sqlState(err)
+	return (code == "40001" || code == "40P01") && !errors.Is(err, ErrTxEnded)
+}
+
+// sqlState returns the SQLSTATE of an error of pgx or another driver, or "".
+func sqlState(err error) string {
+	if e := (interface{ SQLState() string })(nil); errors.As(err, &e) {
+		return e.SQLState()
+	}
+	return ""
+}
+
+// maxRuns bounds how often a transaction is run that fails through no fault of
+// its own.
+const maxRuns = 10
+
+// runBackOff waits some 5 ms after the first run and doubles up to about a second.
+func runBackOff() *backoff.ExponentialBackOff {
+	return &backoff.ExponentialBackOff{
+		InitialInterval: 5 * time.Millisecond, RandomizationFactor: 0.5, Multiplier: 2, MaxInterval: time.Second,
+	}
+}
+
+// runConflicting runs once again while it fails by conflict. backoff.Retry is no
+// choice here: it takes orders from the errors of the caller's function.
+func runConflicting(ctx context.Context, once func() (bool, error)) (bool, error) {
+	wait := runBackOff()
+	for run := 1; ; run++ {
+		first, err := once()
+		if err == nil || run == maxRuns || !isConflict(err) {
+			return first, err
+		}
+		if !sleep(ctx, wait.NextBackOff()) {
+			return false, fmt.Errorf("%w (%w)", err, context.Cause(ctx))
+		}
+	}
+}
+
+// sleep reports whether it was not cut short by the end of ctx.
+func sleep(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return ctx.Err() == nil
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// guard is the transaction that a handler sees: all of a pgx.Tx except its end.
+type guard struct {
+	pgx.Tx
+	tried bool // to end the transaction
+}
+
+func (g *guard) Commit(context.Context) error {
+	g.tried = true
+	return errTxControl
+}
+
+func (g *guard) Rollback(context.Context) error {
+	g.tried = true
+	return errTxControl
+}
+
+var (
+	endsTx      = regexp.MustCompile(`(?i)^\s*(commit|end|abort|rollback|prepare\s+transaction)\b`)
+	toSavepoint = regexp.MustCompile(`(?i)^\s*rollback(\s+work|\s+transaction)?\s+to\b`)
+)
+
+// Exec refuses the obvious: a COMMIT or ROLLBACK sent as a statement. What
+// comes by other ways is found out by check.
+func (g *guard) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	if endsTx.MatchString(sql) && !toSavepoint.MatchString(sql) {
+		g.tried = true
+		return pgconn.CommandTag{}, errTxControl
+	}
+	return g.Tx.Exec(ctx, sql, args...)
+}
+
+// check turns what the handler returned into what became of the transaction: nil
+// if it is there to be committed.
+func (g *guard) check(err error) error {
+	conn := g.Conn().PgConn()
+	switch {
+	case conn.IsClosed():
+		if err == nil {
+			err = errConnLost
+		}
+	case conn.TxStatus() == 'I':
+		err = errors.Join(ErrTxEnded, err)
+	case err == nil && g.tried:
+		err = errTxControl
+	case err == nil && conn.IsBusy():
+		err = errors.New("the handler left rows of a query open")
+	case err == nil && conn.TxStatus() == 'E':
+		err = fmt.Errorf("the handler ignored an error of the database: %w", pgx.ErrTxCommitRollback)
+	}
+	return err
+}
