@@ -28,6 +28,8 @@ type session struct {
 	blocked bool
 }
 
+var errStopped = errors.New("relay is stopping")
+
 // publish runs a session until ctx ends (nil: everything in flight was answered)
 // or the connection fails. After hard ends it does not wait for answers.
 func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {

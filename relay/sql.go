@@ -11,7 +11,6 @@ type statements struct {
 	lease, release       string
 	page, due, flushed   string
 	delete, park, repark string
-	pending              string
 }
 
 func newStatements(schema string) statements {
@@ -25,7 +24,6 @@ func newStatements(schema string) statements {
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
 		page: replacer.Replace(pageSQL), due: replacer.Replace(dueSQL), flushed: flushedSQL,
 		delete: replacer.Replace(deleteSQL), park: replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
-		pending: replacer.Replace(pendingSQL),
 	}
 }
 
@@ -72,8 +70,6 @@ const releaseSQL = `WITH freed AS (
 		UPDATE {lane} SET owner = NULL WHERE owner = $1 AND lane = ANY($2)
 	)
 	DELETE FROM {relay} WHERE id = $1 AND $3`
-
-const messageColumns = `id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload`
 
 // pageSQL reads the next $2 ids after $1 by primary key, whatever their lane, up
 // to $3 bytes of payload, and blanks those of lanes other than $4: filtering
@@ -169,9 +165,3 @@ const reparkSQL = `WITH ` + refusedRows + `
 		FROM {parked} AS q WHERE q.id = r.id
 	) AS v
 	WHERE p.id = r.id AND p.message_id = r.message_id AND p.reason IN ('scheduled', 'retry')`
-
-// pendingSQL is for people: how much waits, and since when. The oldest is that of
-// the lowest id.
-const pendingSQL = `SELECT
-	(SELECT count(*) FROM (SELECT FROM {outbox} LIMIT 10001) AS o),
-	coalesce((SELECT extract(epoch FROM clock_timestamp() - created_at) FROM {outbox} ORDER BY id LIMIT 1), 0)::float8`

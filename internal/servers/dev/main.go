@@ -22,7 +22,10 @@ func main() {
 	if len(os.Args) != 2 {
 		usage()
 	}
-	do := map[string]func(context.Context, *environment) error{"up": up, "down": down, "status": status}[os.Args[1]]
+	do := map[string]func(context.Context, *environment) error{
+		"up": up, "down": down, "status": status,
+		"restart-broker": restartBroker, "close-connections": closeConnections,
+	}[os.Args[1]]
 	if do == nil {
 		usage()
 	}
@@ -33,7 +36,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: dev up|down|status")
+	fmt.Fprintln(os.Stderr, "usage: dev up|down|status|restart-broker|close-connections")
 	os.Exit(2)
 }
 
