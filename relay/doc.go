@@ -1,0 +1,72 @@
+// Package relay publishes what package outbox wrote to RabbitMQ: at least once,
+// always under the same ID, in order for each key. It runs inside a service or as
+// the daemon cmd/relay.
+//
+//	publisher, err := relay.RabbitMQ("amqp://localhost", relay.RabbitMQConfig{})
+//	...
+//	r, err := relay.New(db, publisher, relay.Config{})
+//	...
+//	err = r.Run(ctx) // until ctx ends
+//
+// Run as many as you like: they share the work, and when one dies the others take
+// over what it had within Config.Lease. Run waits for a database, a schema, a
+// broker, an exchange or a queue that is not there; [Relay.Ready] says what for.
+//
+// # A message
+//
+// It is in the table outbox until the broker has confirmed it, or in
+// outbox_parked while it is not to be sent:
+//
+//	                      confirmed, not returned
+//	outbox --- publish ----------------------------> deleted
+//	  ^          |   |
+//	  |          |   | refused: returned, nacked, no such exchange, no permission
+//	  | unknown  |   `--> outbox_parked: retry --- due ---> publish, from where it is
+//	  `----------'                         |
+//	    connection or channel              | refused for longer than Config.RetryFor,
+//	    lost, no answer: nothing           | or nothing that AMQP can carry
+//	    is known, nothing is spent         v
+//	                                     dead: a human looks
+//
+// Messages with NotBefore begin in outbox_parked, as scheduled. Only what the
+// broker refused spends an attempt; an outage never does. The next attempt comes
+// after a random pause of up to a minute, so an exchange or a queue that is put
+// back gets its messages with no human.
+//
+// # In the hand
+//
+// What the relay has read is in its hand until its row is gone and no read that
+// could still have seen the row is under way:
+//
+//	read --> waiting (behind another of its key) --> ready --> in flight
+//	                                                   ^          |
+//	                                                   | unknown  | confirmed or refused
+//	                                                   `----------+--> settling --> gone --> forgotten
+//
+// At most one message of a key is ready or in flight. The hand has a bound in
+// messages and in bytes; the reader waits while it is full.
+//
+// # A lane
+//
+// Each message belongs to one of 64 lanes, by its key or else its ID. A relay owns
+// lanes by a lease, and publishes only what is in them:
+//
+//	free --- lease (epoch + 1) ---> owned --- renew, every third of the lease ---> owned
+//	 ^                               | |
+//	 |<---- release, clean stop -----' | not renewed in time: the owner has stopped
+//	 |<---- lease ran out -------------' publishing before, by its own clock
+//
+// Each live relay takes its share, 64 divided by their number; one that has more
+// finishes what it has in hand of a lane and gives it up. Whatever a relay
+// writes about a message depends on its still owning the lane at that epoch.
+//
+// # What it asks of the database
+//
+// At most 3 connections, which may go through a pgbouncer in transaction mode,
+// and for the role SELECT and DELETE on outbox, all on outbox_parked and
+// outbox_relay, SELECT and UPDATE on outbox_lane, SELECT on txbox_version.
+//
+// A message is published only when its transaction is on the server's disk, also
+// if its producer commits with synchronous_commit=off: what a crash of PostgreSQL
+// takes back has not been published.
+package relay
