@@ -21,8 +21,10 @@ status: ## say whether they serve, and where
 	@go run ./internal/servers/dev status
 
 .PHONY: demo
-demo: up ## orders become payments while the relay is killed; no card is charged twice
-	@$(env) go run ./examples/payments demo
+demo: ## orders become payments while the relay is killed; no card is charged twice
+	@go build -o bin/ ./internal/servers/dev
+	@bin/dev up & go build -o bin/ ./cmd/relay ./examples/payments && wait $$!
+	@$(env) bin/payments demo -broker-control bin/dev
 
 .PHONY: test
 test: up ## run all tests, with the race detector, on the servers of "up"

@@ -22,7 +22,8 @@
 // Messages of one Key reach the broker in the order in which they were written,
 // if their writers are serialised: lock or update the aggregate that the Key
 // names before writing the message. Two transactions that write one Key side by
-// side have no order to keep.
+// side have no order to keep. A message that the broker refuses is parked and tried
+// again; those that follow overtake it.
 //
 // # Retrying a transaction
 //

@@ -43,7 +43,9 @@
 //	                                                   | unknown  | confirmed or refused
 //	                                                   `----------+--> settling --> gone --> forgotten
 //
-// At most one message of a key is ready or in flight. The hand has a bound in
+// At most one message of a key is ready or in flight, so that whatever is
+// published again is so in order. While a message is parked, those of its key that
+// follow are not held back yet. The hand has a bound in
 // messages and in bytes; the reader waits while it is full.
 //
 // # A lane

@@ -64,7 +64,7 @@ func (c *runCommand) Run(ctx context.Context, unknown variables) error {
 	if err != nil {
 		return wrongUsage([]error{err})
 	}
-	log.Info("relay runs", "name", c.Name, "schema", c.Schema)
+	log.Info("relay runs", "schema", c.Schema)
 	if err := r.Run(ctx); err != nil {
 		return err
 	}

@@ -43,7 +43,7 @@ func runDemo(ctx context.Context, args []string) error {
 	flags.StringVar(&d.control, "broker-control", "", "`program` that takes close-connections and restart-broker; without it the broker is left alone")
 	flags.StringVar(&d.logs, "logs", ".dev/demo", "`folder` for the services' logs")
 	flags.IntVar(&d.orders, "orders", 10_000, "how many orders to place")
-	flags.IntVar(&d.rate, "rate", 400, "orders per second")
+	flags.IntVar(&d.rate, "rate", 500, "orders per second")
 	flags.IntVar(&d.clients, "clients", 8, "how many place them side by side")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -64,7 +64,7 @@ func runDemo(ctx context.Context, args []string) error {
 }
 
 func (d *demo) run(ctx context.Context) (*result, error) {
-	if err := os.MkdirAll(d.logs, 0o755); err != nil {
+	if err := errors.Join(os.RemoveAll(d.logs), os.MkdirAll(d.logs, 0o755)); err != nil {
 		return nil, err
 	}
 	d.say("preparing databases and queues")

@@ -47,7 +47,7 @@ func (d *demo) inject(ctx context.Context, services *services) error {
 		}
 		return err
 	}
-	list := []func() error{kill, closeAll, kill, restart, kill, kill, closeAll, kill}
+	list := []func() error{kill, closeAll, kill, kill, closeAll, kill, restart, kill}
 	for i, fault := range list {
 		due := int64((i + 1) * d.orders / (len(list) + 1))
 		if err := await(ctx, settleLimit, "orders are placed", func() bool { return d.placed.Load() >= due }); err != nil {

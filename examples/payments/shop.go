@@ -19,11 +19,17 @@ import (
 // shop places orders through HTTP. Every 40th is over the credit limit, and the
 // message of every 100th is published once more by hand.
 type shop struct {
-	url  string
-	demo *demo
+	url     string
+	demo    *demo
+	repeats chan repeat // room for all of them: the broker's outages hold no order up
 
 	mu       sync.Mutex
 	declined []Order
+}
+
+type repeat struct {
+	order     Order
+	messageID string
 }
 
 const (
@@ -34,6 +40,7 @@ const (
 // place returns when as many orders as the demo wants have been accepted.
 func (s *shop) place(ctx context.Context) error {
 	turns := make(chan int)
+	s.repeats = make(chan repeat, s.demo.orders/repeatEvery)
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error {
 		defer close(turns)
@@ -55,6 +62,7 @@ func (s *shop) place(ctx context.Context) error {
 	})
 	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: s.demo.clients}}
 	defer client.CloseIdleConnections()
+	group.Go(func() error { return s.repeatAll(ctx, s.demo.orders/repeatEvery) })
 	for range s.demo.clients {
 		group.Go(func() error {
 			for n := range turns {
@@ -85,7 +93,7 @@ func (s *shop) turn(ctx context.Context, client *http.Client, n int) error {
 	}
 	s.demo.placed.Add(1)
 	if n%repeatEvery == 0 {
-		return s.repeat(ctx, order, messageID)
+		s.repeats <- repeat{order, messageID}
 	}
 	return nil
 }
@@ -120,23 +128,31 @@ func (s *shop) post(ctx context.Context, client *http.Client, order Order, want 
 	return placed.MessageID, json.Unmarshal(answer, &placed)
 }
 
-// repeat is the operator who is not sure whether a message went out, and publishes
-// it by hand. While the broker is away he tries again.
-func (s *shop) repeat(ctx context.Context, order Order, messageID string) error {
-	payload, err := json.Marshal(order)
-	if err != nil {
-		return err
+// repeatAll is the operator who is not sure whether n messages went out, and
+// publishes them by hand. While the broker is away he tries again.
+func (s *shop) repeatAll(ctx context.Context, n int) error {
+	for range n {
+		var r repeat
+		select {
+		case r = <-s.repeats:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+		payload, err := json.Marshal(r.order)
+		if err != nil {
+			return err
+		}
+		message := amqp.Publishing{MessageId: r.messageID, Type: "order.placed", ContentType: "application/json", DeliveryMode: amqp.Persistent, Body: payload}
+		var last error
+		err = await(ctx, settleLimit, "publish by hand", func() bool {
+			last = publish(ctx, s.demo.amqpURL, message)
+			return last == nil
+		})
+		if err != nil {
+			return fmt.Errorf("%w: %w", err, last)
+		}
+		s.demo.faults.repeated.Add(1)
 	}
-	message := amqp.Publishing{MessageId: messageID, Type: "order.placed", ContentType: "application/json", DeliveryMode: amqp.Persistent, Body: payload}
-	var last error
-	err = await(ctx, settleLimit, "publish by hand", func() bool {
-		last = publish(ctx, s.demo.amqpURL, message)
-		return last == nil
-	})
-	if err != nil {
-		return fmt.Errorf("%w: %w", err, last)
-	}
-	s.demo.faults.repeated.Add(1)
 	return nil
 }
 
