@@ -31,7 +31,7 @@ func (d *duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// check returns the duration, and a problem unless it is one above zero.
+// check returns a problem unless the duration is above zero.
 func (d duration) check(flag string) error {
 	if d.err != nil {
 		return fmt.Errorf("--%s: %q is no duration such as 15s", flag, d.raw)
@@ -137,6 +137,9 @@ func parseDatabaseURL(raw string, allowPlaintext bool) (*pgxpool.Config, error) 
 	if err != nil {
 		return nil, fmt.Errorf("--database-url: %w", withoutSecrets(raw, err))
 	}
+	if strings.Contains(config.ConnConfig.Host, "@") { // of the password, not encoded
+		return nil, fmt.Errorf("--database-url: %w", errMalformed)
+	}
 	explicit := allowPlaintext || strings.Contains(raw, "sslmode=") || os.Getenv("PGSSLMODE") != ""
 	if !explicit && config.ConnConfig.TLSConfig == nil && !isLocal(config.ConnConfig.Host) {
 		return nil, plaintext(config.ConnConfig.Host)
@@ -162,13 +165,14 @@ func isLocal(host string) bool {
 	return host == "localhost" || strings.HasPrefix(host, "/") || err == nil && addr.IsLoopback()
 }
 
+var errMalformed = errors.New("malformed; want postgres://user:password@host:port/database, with special characters percent-encoded")
+
 // withoutSecrets keeps what is wrong of an error about a URL, if that cannot hold a
 // piece of the password: in a URL that does not parse it may be anywhere.
 func withoutSecrets(raw string, err error) error {
-	malformed := errors.New("malformed; want postgres://user:password@host:port/database, with special characters percent-encoded")
 	u, parseErr := url.Parse(raw)
 	if parseErr != nil || u.Scheme != "postgres" && u.Scheme != "postgresql" {
-		return malformed
+		return errMalformed
 	}
 	inner := err
 	for errors.Unwrap(inner) != nil {
@@ -177,11 +181,11 @@ func withoutSecrets(raw string, err error) error {
 	text := inner.Error()
 	for _, piece := range append(strings.FieldsFunc(raw, func(r rune) bool { return strings.ContainsRune(":@/?&=#", r) }), raw) {
 		if u.User != nil && strings.Contains(u.User.String(), piece) && strings.Contains(text, piece) {
-			return malformed
+			return errMalformed
 		}
 	}
 	if text == err.Error() { // nothing was unwrapped: the text may quote the URL
-		return malformed
+		return errMalformed
 	}
 	return errors.New(text)
 }

@@ -1,0 +1,147 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	amqp "github.com/rabbitmq/amqp091-go"
+
+	"github.com/txbox/txbox/internal/servers/serverstest"
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+)
+
+// write puts a message for queue into the outbox.
+func write(t *testing.T, db *testenv.DB, queue string) {
+	t.Helper()
+	must(t, pgx.BeginFunc(testenv.Context(t), db, func(tx pgx.Tx) error {
+		return outbox.Writer{Schema: db.Schema}.Write(testenv.Context(t), tx, outbox.Message{RoutingKey: queue, Payload: []byte("{}")})
+	}))
+}
+
+// queue declares one on the broker at url, and returns how many messages it has.
+func queue(t *testing.T, url string) (name string, messages func() int) {
+	t.Helper()
+	conn, err := amqp.Dial(url)
+	must(t, err)
+	t.Cleanup(func() { conn.Close() })
+	ch, err := conn.Channel()
+	must(t, err)
+	name = testenv.Name(t)
+	_, err = ch.QueueDeclare(name, true, false, false, false, nil)
+	must(t, err)
+	t.Cleanup(func() { ch.QueueDelete(name, false, false, false) })
+	return name, func() int {
+		q, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
+		must(t, err)
+		return q.Messages
+	}
+}
+
+func TestRunPublishesAndASignalEndsItWith0(t *testing.T) {
+	db := testenv.Schema(t)
+	name, messages := queue(t, testenv.AMQPURL(t))
+	dir := t.TempDir()
+	file := filepath.Join(dir, "url")
+	must(t, os.WriteFile(file, []byte(db.URL+"\n"), 0o600))
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		before := messages()
+		relay := start(t, []string{"DATABASE_URL_FILE=" + file, "TXBOX_SCHEMA=" + db.Schema, "AMQP_URL=" + testenv.AMQPURL(t)}, "run", "--log-format=json")
+		write(t, db, name)
+		testenv.Eventually(t, 20*time.Second, "the message is published", func() bool { return messages() == before+1 })
+		relay.signal(t, sig)
+		if code := relay.exit(t); code != 0 || !strings.Contains(relay.output.String(), "relay has stopped") {
+			t.Errorf("%s: exit code %d:\n%s", sig, code, relay.output)
+		}
+		for line := range strings.Lines(relay.output.String()) {
+			if !json.Valid([]byte(line)) {
+				t.Errorf("no JSON: %s", line)
+			}
+		}
+	}
+}
+
+func TestRunWaitsForServersThatAreDown(t *testing.T) {
+	broker, database := serverstest.RabbitMQ(t), serverstest.Postgres(t)
+	db := testenv.SchemaAt(t, database.URL())
+	conn, err := amqp.Dial(broker.URL())
+	must(t, err)
+	ch, err := conn.Channel()
+	must(t, err)
+	name := testenv.Name(t)
+	_, err = ch.QueueDeclare(name, true, false, false, false, nil)
+	must(t, err)
+	must(t, conn.Close())
+	write(t, db, name)
+	must(t, broker.Stop(testenv.Context(t)))
+	must(t, database.Stop(testenv.Context(t)))
+
+	relay := start(t, []string{"DATABASE_URL=" + database.URL(), "AMQP_URL=" + broker.URL()}, "run", "--schema", db.Schema)
+	relay.output.has(t, "schema fails")
+	must(t, database.Start(testenv.Context(t)))
+	relay.output.has(t, "lease of lanes works")
+	relay.output.has(t, "broker fails")
+	must(t, broker.Start(testenv.Context(t)))
+	conn, err = amqp.Dial(broker.URL())
+	must(t, err)
+	defer conn.Close()
+	ch, err = conn.Channel()
+	must(t, err)
+	testenv.Eventually(t, 30*time.Second, "the message is published", func() bool {
+		q, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
+		must(t, err)
+		return q.Messages == 1
+	})
+	relay.signal(t, syscall.SIGTERM)
+	if code := relay.exit(t); code != 0 {
+		t.Errorf("exit code %d:\n%s", code, relay.output)
+	}
+}
+
+// The first signal waits for a broker that does not answer, the second does not.
+func TestSecondSignalEndsAtOnce(t *testing.T) {
+	broker := serverstest.RabbitMQ(t)
+	db := testenv.Schema(t)
+	name, messages := queue(t, broker.URL())
+	relay := start(t, []string{"DATABASE_URL=" + db.URL, "AMQP_URL=" + broker.URL()},
+		"run", "--schema", db.Schema, "--stop-timeout=10m", "--confirm-timeout=10m", "--lease=10m", "--write-timeout=10m")
+	write(t, db, name)
+	testenv.Eventually(t, 20*time.Second, "the message is published", func() bool { return messages() == 1 })
+	must(t, broker.Pause())
+	t.Cleanup(func() { must(t, broker.Resume()) })
+	for range 10 {
+		write(t, db, name)
+	}
+	published := func() bool { // read from the outbox, handed to the socket: nobody answers
+		var waiting int
+		must(t, db.QueryRow(testenv.Context(t), "SELECT count(*) FROM "+db.Table("outbox")).Scan(&waiting))
+		return waiting == 10
+	}
+	testenv.Eventually(t, 20*time.Second, "messages wait", published)
+	relay.signal(t, syscall.SIGTERM)
+	select {
+	case <-relay.exited:
+		t.Fatalf("the first signal did not wait:\n%s", relay.output)
+	case <-time.After(300 * time.Millisecond):
+	}
+	relay.signal(t, syscall.SIGTERM)
+	if code := relay.exit(t); code == 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+func TestRunRefusesASchemaOfANewerProgram(t *testing.T) {
+	db := testenv.Schema(t)
+	_, err := db.Exec(testenv.Context(t), "UPDATE "+db.Table("txbox_version")+" SET version = 1000, compatible_since = 1000")
+	must(t, err)
+	text, code := runProgram(t, []string{"DATABASE_URL=" + db.URL, "AMQP_URL=" + testenv.AMQPURL(t)}, "run", "--schema", db.Schema)
+	if code != 1 || !strings.Contains(text, "1000") {
+		t.Errorf("exit code %d:\n%s", code, text)
+	}
+}
