@@ -1,0 +1,108 @@
+package relay_test
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/txbox/txbox/internal/servers/serverstest"
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+)
+
+// A producer with synchronous_commit=off sees its commit before it is on disk, and
+// so does a relay. All processes of PostgreSQL are killed again and again: what a
+// crash took back was never published, and everything else was.
+func TestWhatACrashTakesBackWasNeverPublished(t *testing.T) {
+	t.Parallel()
+	server := serverstest.Postgres(t)
+	b := setupAt(t, server.URL(), testenv.AMQPURL(t))
+	ctx := testenv.Context(t)
+	for _, statement := range []string{
+		"ALTER SYSTEM SET wal_writer_delay = '10s'", // leaves a commit off the disk for long
+		"ALTER SYSTEM SET wal_writer_flush_after = '1GB'",
+		"SELECT pg_reload_conf()",
+		"CREATE TABLE business (message_id uuid PRIMARY KEY)",
+	} {
+		_, err := b.db.Exec(ctx, statement)
+		b.must(err)
+	}
+	_, stop := b.start(brisk)
+	committed := 0
+	for range 6 {
+		committed += b.produceUntilKilled(func() { b.must(server.Kill()) })
+		b.must(server.Start(ctx))
+		testenv.Eventually(t, 20*time.Second, "the database answers", func() bool { return b.db.Ping(ctx) == nil })
+	}
+	b.eventuallyCount("outbox", 0)
+	stop()
+
+	rows, err := b.db.Query(ctx, "SELECT message_id::text FROM business")
+	b.must(err)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	b.must(err)
+	published := map[string]bool{}
+	for _, d := range b.drain(b.queue, len(ids)) {
+		published[d.MessageId] = true
+	}
+	for _, id := range ids {
+		if !published[id] {
+			t.Errorf("%s was committed and is not published", id)
+		}
+		delete(published, id)
+	}
+	if len(published) != 0 {
+		t.Errorf("%d ghosts: published, but their transactions never were", len(published))
+	}
+	t.Logf("%d of %d commits survived", len(ids), committed)
+	if len(ids) >= committed {
+		t.Error("no commit was taken back: this test has shown nothing")
+	}
+}
+
+// produceUntilKilled commits from several producers until kill has been done, which
+// is as soon as some have committed. It returns how many did.
+func (b *bundle) produceUntilKilled(kill func()) (committed int) {
+	b.Helper()
+	ctx := testenv.Context(b)
+	var mu sync.Mutex
+	some := make(chan struct{})
+	var producers sync.WaitGroup
+	for range 4 {
+		producers.Go(func() {
+			for b.produce(ctx) == nil {
+				mu.Lock()
+				if committed++; committed == 50 {
+					close(some)
+				}
+				mu.Unlock()
+			}
+		})
+	}
+	select {
+	case <-some:
+	case <-ctx.Done():
+		b.Fatal("nothing is committed")
+	}
+	kill()
+	producers.Wait()
+	return committed
+}
+
+func (b *bundle) produce(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	m := outbox.Message{ID: outbox.NewID(), Exchange: b.queue}
+	return pgx.BeginFunc(ctx, b.db, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, "SET LOCAL synchronous_commit = off"); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, "INSERT INTO business VALUES ($1)", m.ID); err != nil {
+			return err
+		}
+		return b.writer.Write(ctx, tx, m)
+	})
+}
