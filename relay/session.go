@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -213,7 +214,7 @@ func (c *channel) send(ctx context.Context, m *message) bool {
 		if m.alone {
 			r.hand.retry(m) // as the probe
 		} else {
-			r.refuse(m, suspected, "its exchange was missing")
+			r.refuse(m, suspected, "")
 		}
 		<-c.slots
 		return true
@@ -315,11 +316,7 @@ func (c *channel) settleOrphans() {
 		}
 		return
 	}
-	var exchange string
-	named := false
-	if found := exchangeName.FindStringSubmatch(c.cause.Reason); found != nil && (c.cause.Code == amqp.NotFound || c.cause.Code == amqp.AccessRefused) {
-		exchange, named = found[1], true
-	}
+	exchange, named := c.culprit()
 	for _, m := range c.orphans {
 		switch {
 		case named && m.exchange == exchange:
@@ -331,4 +328,24 @@ func (c *channel) settleOrphans() {
 			r.unknown(m)
 		}
 	}
+}
+
+// culprit returns the exchange that the broker named when it closed the channel
+// because there is none, or because we may not write to it.
+func (c *channel) culprit() (exchange string, named bool) {
+	if c.cause.Code != amqp.NotFound && c.cause.Code != amqp.AccessRefused {
+		return "", false
+	}
+	if len(c.orphans) == 1 {
+		return c.orphans[0].exchange, true
+	}
+	found := exchangeName.FindStringSubmatch(c.cause.Reason)
+	if found == nil {
+		return "", false
+	}
+	exchange = found[1]
+	if exchange == "amq.default" {
+		exchange = "" // as it is on the wire
+	}
+	return exchange, slices.ContainsFunc(c.orphans, func(m *message) bool { return m.exchange == exchange })
 }

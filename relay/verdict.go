@@ -53,7 +53,8 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 		if !m.alone {
 			v.spend = 0
 		}
-		v.delay = backOff(r.suspects.missing(m, why == missing))
+		failures, lastError := r.suspects.missing(m, v.lastError)
+		v.delay, v.lastError = backOff(failures), lastError
 	default:
 		r.suspects.clear(m.exchange)
 	}
@@ -92,6 +93,7 @@ type suspects struct {
 
 type suspect struct {
 	failures int
+	why      string // in the broker's words
 	probe    *message
 	next     time.Time // of the next probe
 }
@@ -114,22 +116,26 @@ func (s *suspects) admit(m *message) bool {
 	return false
 }
 
-// missing makes the exchange of m a suspect, or counts the failure of its probe,
-// and returns how often it has failed.
-func (s *suspects) missing(m *message, tried bool) int {
+// missing makes the exchange of m a suspect for the reason why, or counts the
+// failure of its probe; "" is a message that was not tried. It returns how often
+// probes have failed, and the reason.
+func (s *suspects) missing(m *message, why string) (failures int, reason string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	x := s.byExchange[m.exchange]
 	if x == nil {
-		x = &suspect{}
+		x = &suspect{why: why}
 		s.byExchange[m.exchange] = x
 	}
-	if tried && x.probe == m {
+	if why != "" {
+		x.why = why
+	}
+	if why != "" && x.probe == m {
 		x.failures++
 		x.probe = nil
 		x.next = time.Now().Add(min(backOff(x.failures), maxProbe))
 	}
-	return x.failures
+	return x.failures, x.why
 }
 
 // forget ends the probe that m was, without a result.

@@ -1,0 +1,62 @@
+package relay_test
+
+import (
+	"net/url"
+	"testing"
+
+	"github.com/txbox/txbox/internal/servers/serverstest"
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+)
+
+// The relay's user may not write to some exchanges, the default one among them.
+// Its password holds what a URL has to encode.
+func TestForbiddenExchangesDoNotDisturbTheirNeighbours(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	const user, password = "the relay", "?#@:/% S3cret"
+	ctl := func(args ...string) {
+		t.Helper()
+		_, err := broker.Ctl(testenv.Context(t), args...)
+		b.must(err)
+	}
+	forbidden := testenv.Name(t)
+	b.declare(forbidden)
+	ctl("add_user", user, password)
+	ctl("set_permissions", user, "^$", "^"+b.queue+"$", "^$")
+	u, err := url.Parse(broker.URL())
+	b.must(err)
+	u.User = url.UserPassword(user, password)
+	b.amqpURL = u.String()
+
+	messages := b.messages(2000, noKey)
+	var good, bad []outbox.Message
+	for i := range messages {
+		switch i % 100 {
+		case 30:
+			messages[i].Exchange = forbidden
+			bad = append(bad, messages[i])
+		case 60:
+			messages[i].Exchange, messages[i].RoutingKey = "", forbidden
+			bad = append(bad, messages[i])
+		default:
+			good = append(good, messages[i])
+		}
+	}
+	b.write(messages...)
+	r, _ := b.start(brisk)
+	b.checkAll(b.drain(b.queue, len(good)), good, inFlight)
+	b.eventuallyCount("outbox", 0)
+	b.eventuallyCount("outbox_parked", len(bad))
+	var told int
+	b.must(b.db.QueryRow(testenv.Context(t), "SELECT count(*) FROM "+b.db.Table("outbox_parked")+
+		" WHERE reason = 'retry' AND last_error LIKE '%ACCESS_REFUSED%' AND last_error LIKE '%the relay%'").Scan(&told))
+	if told != len(bad) {
+		t.Errorf("%d of %d parked messages tell why", told, len(bad))
+	}
+	b.must(r.Ready())
+	ctl("set_permissions", user, "^$", ".*", "^$")
+	b.eventuallyCount("outbox_parked", 0)
+	b.checkAll(b.drain(forbidden, len(bad)), bad, 0)
+}
