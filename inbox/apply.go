@@ -48,8 +48,11 @@ func (c *Consumer) settleDelivery(ctx, live context.Context, e envelope) bool {
 	if err := checkName("message_id", e.id(), maxMessageID); err != nil {
 		return c.parkUnusable(live, e, err)
 	}
-	record := statement{recordSQL(c.cfg.Schema), []any{c.cfg.Name, e.id(), e.digest()}}
-	v, err := c.apply(ctx, live, record, e, 1)
+	claim := []statement{{recordSQL(c.cfg.Schema), []any{c.cfg.Name, e.id(), e.digest()}}}
+	if key := e.storableKey(); key != nil {
+		claim = append(claim, statement{blockedSQL(c.cfg.Schema), []any{c.cfg.Name, *key}})
+	}
+	v, err := c.apply(ctx, live, claim, e, 1)
 	switch v {
 	case applied:
 		c.count(func(s *Stats) { s.Applied++ })
@@ -57,7 +60,7 @@ func (c *Consumer) settleDelivery(ctx, live context.Context, e envelope) bool {
 	case taken:
 		c.count(func(s *Stats) { s.Duplicates++ })
 		return true
-	case failed, ended:
+	case failed, ended, blocked:
 		return c.park(live, e, v, err)
 	}
 	return false
@@ -69,6 +72,7 @@ type verdict int
 const (
 	applied verdict = iota // committed
 	taken                  // not ours: a duplicate, or another has the parked row
+	blocked                // an earlier message of its key is parked; the handler did not run
 	away                   // there was no transaction to be had; the handler did not run
 	again                  // rolled back, or of unknown outcome, through no fault of the handler
 	failed                 // rolled back: the handler failed
@@ -79,7 +83,7 @@ const (
 // apply runs the message's transaction until there is a verdict to act on. A
 // database that is away is waited for; other failures that are not the
 // handler's get maxRuns. It stops waiting when live ends.
-func (c *Consumer) apply(ctx, live context.Context, claim statement, e envelope, attempt int) (verdict, error) {
+func (c *Consumer) apply(ctx, live context.Context, claim []statement, e envelope, attempt int) (verdict, error) {
 	wait := runBackOff()
 	unknown := false
 	for run := 1; ; {
@@ -101,19 +105,23 @@ func (c *Consumer) apply(ctx, live context.Context, claim statement, e envelope,
 	}
 }
 
-// run runs the message's transaction once: the claim, which affects one row if
-// the message is ours to handle, the handler, COMMIT.
-func (c *Consumer) run(ctx context.Context, claim statement, m Message) (verdict, error) {
+// run runs the message's transaction once: the claim, the handler, COMMIT. The
+// first statement of the claim affects one row if the message is ours to handle;
+// a second one finds a row if it has to wait behind another.
+func (c *Consumer) run(ctx context.Context, claim []statement, m Message) (verdict, error) {
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	tx, rows, err := begin(callCtx, c.db, c.settings(), claim)
+	tx, rows, err := begin(callCtx, c.db, append([]statement{c.settings()}, claim...)...)
 	c.reportDatabase(ctx, err)
 	if err != nil {
 		return away, err
 	}
 	defer rollback(ctx, tx)
-	if rows == 0 {
+	switch {
+	case rows[1] == 0:
 		return taken, nil
+	case len(rows) > 2 && rows[2] > 0:
+		return blocked, errBehind
 	}
 	if v, err := c.call(ctx, tx, m); v != applied {
 		return v, err
@@ -145,7 +153,7 @@ func (c *Consumer) settings() statement {
 func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m Message) (verdict, error) {
 	handlerCtx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 	defer cancel()
-	guarded := &guard{Tx: tx}
+	guarded := newGuard(tx)
 	err := guarded.check(c.handle(handlerCtx, guarded, m))
 	late := handlerCtx.Err() != nil
 	switch {

@@ -38,6 +38,9 @@ type Config struct {
 	// transaction on a connection of its own; less than the pool's MaxConns, default
 	// 4 or as many as that allows.
 	Workers int
+	// Batch is how many messages may share a transaction; only 1 is supported as
+	// yet, which is the default.
+	Batch int
 	// Timeout is how long a Handler may take; default 30 s.
 	Timeout time.Duration
 	// StopTimeout is how long Run waits for Handlers after its ctx has ended, before
@@ -117,7 +120,7 @@ func NewConsumer(db *pgxpool.Pool, amqpURL, queue string, h Handler, cfg Config)
 		log:    cfg.Logger.With("consumer", cfg.Name, "queue", queue),
 		queues: make([]chan *delivery, cfg.Workers+1),
 		due:    make(chan int64), wake: make(chan struct{}, 1),
-		stats: Stats{Parked: map[string]uint64{reasonRetry: 0, reasonDead: 0, reasonMissingID: 0, reasonBadID: 0}},
+		stats: Stats{Parked: map[string]uint64{reasonRetry: 0, reasonBlocked: 0, reasonDead: 0, reasonMissingID: 0, reasonBadID: 0}},
 	}
 	for i := range c.queues {
 		c.queues[i] = make(chan *delivery, cfg.Prefetch)
@@ -137,7 +140,7 @@ func (cfg *Config) complete(db *pgxpool.Pool, queue string) (problems []error) {
 	}
 	schema, err := dbschema.Name(cfg.Schema)
 	if err != nil {
-		problems = append(problems, fmt.Errorf("Schema: %w", err))
+		problems = append(problems, fieldError("Schema", "%w", err))
 	}
 	cfg.Schema = schema
 	maxWorkers := math.MaxInt32
@@ -145,9 +148,16 @@ func (cfg *Config) complete(db *pgxpool.Pool, queue string) (problems []error) {
 		maxWorkers = int(db.Stat().MaxConns()) - 1
 	}
 	if maxWorkers < 1 {
-		problems = append(problems, errors.New("db: MaxConns is 1, a Consumer needs 2 at least"))
+		problems = append(problems, errors.New("db: a Consumer needs 2 connections at least, MaxConns is 1"))
 		maxWorkers = math.MaxInt32
 	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
+	return append(problems, cfg.completeNumbers(maxWorkers)...)
+}
+
+func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
 	for _, number := range []struct {
 		field        string
 		value        *int
@@ -156,13 +166,17 @@ func (cfg *Config) complete(db *pgxpool.Pool, queue string) (problems []error) {
 		{"Prefetch", &cfg.Prefetch, 100, math.MaxUint16},
 		{"Workers", &cfg.Workers, min(4, maxWorkers), maxWorkers},
 		{"MaxAttempts", &cfg.MaxAttempts, 10, math.MaxInt32},
+		{"Batch", &cfg.Batch, 1, math.MaxInt32},
 	} {
 		if *number.value == 0 {
 			*number.value = number.usual
 		}
 		if *number.value < 0 || *number.value > number.limit {
-			problems = append(problems, fmt.Errorf("%s: %d is not one of 1 to %d", number.field, *number.value, number.limit))
+			problems = append(problems, fieldError(number.field, "%d is not one of 1 to %d", *number.value, number.limit))
 		}
+	}
+	if cfg.Batch > 1 {
+		problems = append(problems, fieldError("Batch", "%d is not yet supported, only 1 is", cfg.Batch))
 	}
 	for _, duration := range []struct {
 		field string
@@ -173,13 +187,14 @@ func (cfg *Config) complete(db *pgxpool.Pool, queue string) (problems []error) {
 			*duration.value = duration.usual
 		}
 		if *duration.value < 0 {
-			problems = append(problems, fmt.Errorf("%s: %s is negative", duration.field, *duration.value))
+			problems = append(problems, fieldError(duration.field, "%s is negative", *duration.value))
 		}
 	}
-	if cfg.Logger == nil {
-		cfg.Logger = slog.Default()
-	}
 	return problems
+}
+
+func fieldError(field, format string, args ...any) error {
+	return fmt.Errorf("%s: %w", field, fmt.Errorf(format, args...))
 }
 
 // Run receives messages until ctx ends, and then returns nil: it stops receiving,
@@ -259,7 +274,7 @@ type Stats struct {
 	Applied    uint64            // messages whose effects were committed
 	Duplicates uint64            // deliveries of messages recorded before, dropped
 	Failures   uint64            // attempts that failed
-	Parked     map[string]uint64 // messages parked, by reason: retry, dead, missing_id, bad_id
+	Parked     map[string]uint64 // messages parked, by reason: retry, blocked, dead, missing_id, bad_id
 	Reconnects uint64            // connections to RabbitMQ after the first
 	Connected  bool              // messages are being received
 }

@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,7 +32,12 @@ type broker struct {
 
 func setupBroker(t *testing.T) *broker {
 	t.Helper()
-	b := &broker{env: setup(t), queue: testenv.Name(t)}
+	return setupBrokerOf(t, setup(t))
+}
+
+func setupBrokerOf(t *testing.T, e *env) *broker {
+	t.Helper()
+	b := &broker{env: e, queue: testenv.Name(t)}
 	conn, err := amqp.Dial(testenv.AMQPURL(t))
 	if err != nil {
 		t.Fatal(err)
@@ -402,9 +409,9 @@ func TestNewConsumerReportsAllProblemsAtOnce(t *testing.T) {
 		}
 	}
 	refused(nil, "amqp://u:s3cret@127.0.0.1,http://x", "", nil, inbox.Config{
-		Name: strings.Repeat("x", 101), Schema: "a.b", Prefetch: -1, Workers: -1, MaxAttempts: -1,
+		Name: strings.Repeat("x", 101), Schema: "a.b", Prefetch: -1, Workers: -1, MaxAttempts: -1, Batch: -1,
 		Timeout: -1, StopTimeout: -1, TLS: &tls.Config{},
-	}, "db", "h", "queue", "Name", "Schema", "Prefetch", "Workers", "MaxAttempts", "Timeout", "StopTimeout", "amqpURL")
+	}, "db", "h", "queue", "Name", "Schema", "Prefetch", "Workers", "MaxAttempts", "Batch", "Timeout", "StopTimeout", "amqpURL")
 	handler := func(context.Context, pgx.Tx, inbox.Message) error { return nil }
 	const url = "amqp://127.0.0.1"
 	refused(e.Pool, url, strings.Repeat("q", 256), handler, inbox.Config{Name: "n"}, "queue")
@@ -413,6 +420,7 @@ func TestNewConsumerReportsAllProblemsAtOnce(t *testing.T) {
 	refused(e.Pool, url, "q", handler, inbox.Config{Prefetch: 65536}, "Prefetch")
 	refused(e.Pool, url, "q", handler, inbox.Config{Workers: int(e.Stat().MaxConns())}, "Workers")
 	refused(e.Pool, "amqp://u:s3cret@example.com", "q", handler, inbox.Config{}, "amqpURL")
+	refused(e.Pool, url, "q", handler, inbox.Config{Batch: 2}, "Batch")
 	refused(e.Pool, url, "q", inbox.JSON[int](nil), inbox.Config{}, "h")
 	refused(e.pool(t, withParam(t, e.URL, "pool_max_conns", "1")), url, "q", handler, inbox.Config{}, "db")
 	for _, cfg := range []inbox.Config{{}, {Workers: int(e.Stat().MaxConns()) - 1}} {
@@ -420,5 +428,32 @@ func TestNewConsumerReportsAllProblemsAtOnce(t *testing.T) {
 		if err != nil || c.Ready() == nil {
 			t.Errorf("%v; ready before Run", err)
 		}
+	}
+}
+
+func TestCredentialsAreAskedAtEachDial(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	server := newProxy(t, testenv.AMQPURL(t))
+	u, err := url.Parse(server.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	password, _ := u.User.Password()
+	user, asked := u.User.Username(), atomic.Int64{}
+	u.User = url.UserPassword("nobody", "wrong")
+	cfg := b.config(t)
+	cfg.Credentials = func(context.Context) (string, string, error) {
+		if asked.Add(1) == 1 {
+			return "", "", errTest
+		}
+		return user, password, nil
+	}
+	c := b.run(t, b.Pool, u.String(), b.apply, cfg)
+	c.waitReady(t)
+	server.cut()
+	c.waitFor(t, "another connection", func(s inbox.Stats) bool { return s.Reconnects == 1 && s.Connected })
+	if n := asked.Load(); n != 3 {
+		t.Errorf("asked %d times", n)
 	}
 }

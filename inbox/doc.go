@@ -7,6 +7,7 @@
 //	    |                                  | handler returns nil; the parked row goes in the same commit
 //	    |--handler fails--> parked: retry -+--handler fails--> retry, MaxAttempts times, then dead
 //	    |--Reject---------> parked: dead   (so does Reject; a human looks)
+//	    |--an earlier one of its key is parked--> parked: blocked --that one is gone--> retry, at once
 //	    `--no usable ID---> parked: missing_id, bad_id   (never recorded)
 //
 //	delivered again, after any of these: dropped as a duplicate
@@ -50,7 +51,12 @@
 // otherwise. An outage of database or broker spends no attempts.
 //
 // Messages with one Key are handled in the order in which this consumer receives
-// them. Order across a parked message: not yet; its followers overtake it.
+// them. While one of them is parked, for retry or dead, those that follow are
+// parked behind it as blocked; other keys and messages without a key go on. With
+// several consumers on one queue order ends at the broker: give the queue
+// x-single-active-consumer. A message without a usable ID, or with a key that
+// PostgreSQL cannot store (not UTF-8, NUL, over 1,024 bytes), holds nobody up
+// once it is parked.
 //
 // # How long it remembers
 //

@@ -27,6 +27,9 @@ type envelope struct {
 
 func newEnvelope(d *amqp.Delivery) envelope {
 	e := envelope{properties: map[string]string{}, headers: make(map[string]string, len(d.Headers)), body: d.Body}
+	if e.body == nil {
+		e.body = []byte{} // a nil would be NULL
+	}
 	for name, value := range map[string]string{
 		"message_id": d.MessageId, "type": d.Type, "content_type": d.ContentType, "content_encoding": d.ContentEncoding,
 		"correlation_id": d.CorrelationId, "reply_to": d.ReplyTo, "expiration": d.Expiration,
@@ -122,7 +125,7 @@ func digest(b []byte) int64 {
 // value, each as its length (unsigned varint) and its bytes. AMQP strings may
 // hold NUL and invalid UTF-8, which text and jsonb refuse.
 func pack(pairs map[string]string) []byte {
-	var b []byte
+	b := []byte{} // a nil would be NULL
 	for _, name := range slices.Sorted(maps.Keys(pairs)) {
 		for _, s := range [...]string{name, pairs[name]} {
 			b = binary.AppendUvarint(b, uint64(len(s)))

@@ -30,8 +30,13 @@ func ExampleNewConsumer() {
 	}
 	consumer, err := inbox.NewConsumer(db, "amqp://localhost", "payments", inbox.JSON(charge), inbox.Config{
 		Setup: func(ch *amqp.Channel) error {
-			_, err := ch.QueueDeclare("payments", true, false, false, false, amqp.Table{"x-queue-type": "quorum"})
-			return err
+			if err := ch.ExchangeDeclare("orders", "topic", true, false, false, false, nil); err != nil {
+				return err
+			}
+			if _, err := ch.QueueDeclare("payments", true, false, false, false, amqp.Table{"x-queue-type": "quorum"}); err != nil {
+				return err
+			}
+			return ch.QueueBind("payments", "order.*", "orders", false, nil)
 		},
 	})
 	if err != nil {

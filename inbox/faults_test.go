@@ -256,7 +256,7 @@ func TestATransactionOfTheConsumerHasLimits(t *testing.T) {
 		settings <- got
 		return err
 	})
-	if got := <-settings; got != "5s 40s 10s" {
+	if got := <-settings; got != "5s 40s 10000" {
 		t.Errorf("got %q", got)
 	}
 	c.waitFor(t, "applied", func(s inbox.Stats) bool { return s.Applied == 1 })

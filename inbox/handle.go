@@ -18,14 +18,14 @@ import (
 //	(false, err)  nothing was recorded; whether and when to call again is up to you
 //
 // fn's error is wrapped, and rolls back; so does a panic, which goes on. tx
-// refuses Commit and Rollback; Begin makes savepoints. After a serialization
-// failure or a deadlock, from fn or elsewhere, all is run again after a short
-// wait, up to 10 times or until ctx ends: fn may be called several times,
-// and its effects outside tx are its own concern.
+// refuses Commit, Rollback and statements that do the same; Begin makes
+// savepoints. After a serialization failure or a deadlock, from fn or elsewhere,
+// all is run again after a short wait, up to 10 times or until ctx ends: fn may be
+// called several times, and its effects outside tx are its own concern.
 //
 // Two errors leave it open what was committed. ErrCommitUnknown: call again with
-// the same ID. ErrTxEnded: fn ended the transaction in a way that tx cannot see;
-// mend fn. (COMMIT AND CHAIN hides even from that.)
+// the same ID. ErrTxEnded: fn ended the transaction in a way that tx cannot see,
+// such as through tx.Conn; mend fn. (AND CHAIN sent that way hides even from this.)
 //
 // Limits and errors of consumer and messageID are those of Record. The isolation
 // level is the pool's default. Cancelling ctx rolls back, and nothing happens if it
@@ -63,10 +63,10 @@ func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(con
 		return false, fmt.Errorf("record: %w", err)
 	}
 	defer rollback(ctx, tx) // also when fn panics
-	if rows == 0 {
+	if rows[0] == 0 {
 		return false, nil
 	}
-	guarded := &guard{Tx: tx}
+	guarded := newGuard(tx)
 	if err := guarded.check(fn(ctx, guarded)); err != nil {
 		return false, fmt.Errorf("handle: %w", err)
 	}

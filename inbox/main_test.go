@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -20,7 +22,12 @@ import (
 	"github.com/txbox/txbox/internal/testenv"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if queue := os.Getenv(queueVar); queue != "" {
+		consumeForEver(queue)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // env is a schema with a table of effects, which no constraint keeps unique.
 type env struct {
@@ -31,7 +38,13 @@ type env struct {
 
 func setup(t *testing.T) *env {
 	t.Helper()
-	db := testenv.Schema(t)
+	return setupAt(t, testenv.DatabaseURL(t))
+}
+
+// setupAt is setup on a server of the test's own.
+func setupAt(t *testing.T, databaseURL string) *env {
+	t.Helper()
+	db := testenv.SchemaAt(t, databaseURL)
 	e := &env{DB: db, Recorder: inbox.Recorder{Schema: db.Schema}, ctx: testenv.Context(t)}
 	e.exec(t, "CREATE TABLE "+e.Table("effects")+" (message_id text NOT NULL, attempt integer)")
 	return e
@@ -89,7 +102,7 @@ func withParam(t *testing.T, raw, name, value string) string {
 	}
 	query := u.Query()
 	query.Set(name, value)
-	u.RawQuery = query.Encode()
+	u.RawQuery = strings.ReplaceAll(query.Encode(), "+", "%20") // pgx takes a + for itself
 	return u.String()
 }
 

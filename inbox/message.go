@@ -32,8 +32,9 @@ type Message struct {
 
 // Handler handles a message. What it does with tx takes effect once per message,
 // if and only if it returns nil: tx also holds the record of the message, and is
-// committed or rolled back after the Handler returned. Of tx it can use everything
-// except Commit and Rollback, such as outbox.Write.
+// committed or rolled back after the Handler returned. Of tx it can use everything,
+// such as outbox.Write, except Commit, Rollback and statements that do the same;
+// one that gets round that makes the message dead, whatever was committed.
 //
 // An error or a panic parks the message in the table inbox_parked, to be handled
 // again later, and acknowledges it to RabbitMQ; see Reject and RetryAfter. The

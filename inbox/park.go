@@ -13,6 +13,7 @@ import (
 // Reasons why a message is parked, as in the table.
 const (
 	reasonRetry     = "retry"
+	reasonBlocked   = "blocked"
 	reasonDead      = "dead"
 	reasonMissingID = "missing_id"
 	reasonBadID     = "bad_id"
@@ -22,6 +23,9 @@ const (
 	firstRetry, lastRetry = time.Second, time.Minute // limits of the back-off
 	maxLastError          = 4 << 10                  // bytes
 )
+
+// errBehind is what a blocked message is parked with.
+var errBehind = errors.New("an earlier message of its key is parked")
 
 // fate decides what becomes of a message after err failed its attempt: the reason
 // it is parked for, the attempts it has spent, and when the next one is due.
@@ -45,11 +49,14 @@ func isDeliberate(err error) bool {
 	return errors.As(err, &rejected) || errors.As(err, &postponed)
 }
 
-// park puts a delivered message aside after its handler failed, and reports
-// whether it is on record.
+// park puts a delivered message aside after its handler failed, or behind an
+// earlier one of its key, and reports whether it is on record.
 func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) bool {
-	c.count(func(s *Stats) { s.Failures++ })
-	reason, attempts, delay := c.fate(err, 1)
+	reason, attempts, delay := reasonBlocked, 0, time.Duration(0)
+	if v != blocked {
+		c.count(func(s *Stats) { s.Failures++ })
+		reason, attempts, delay = c.fate(err, 1)
+	}
 	rows, ok := c.persist(live, c.parkStatement(e, v, reason, attempts, delay, err))
 	switch {
 	case !ok:
@@ -58,6 +65,9 @@ func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) 
 		c.count(func(s *Stats) { s.Duplicates++ })
 	default:
 		c.parked(reason)
+	}
+	if v == blocked { // behind what may be gone by now
+		c.unblock(live, e)
 	}
 	return true
 }
@@ -90,8 +100,30 @@ func (c *Consumer) parkUnusable(live context.Context, e envelope, err error) boo
 	return ok
 }
 
+// unblock makes the next parked message of e's key due after an earlier one is
+// gone. If that fails, watchDue finds it.
+func (c *Consumer) unblock(live context.Context, e envelope) {
+	key := e.storableKey()
+	if key == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(live, callTimeout)
+	defer cancel()
+	tag, err := c.db.Exec(ctx, unblockSQL(c.cfg.Schema), c.cfg.Name, *key)
+	c.reportDatabase(live, err)
+	if tag.RowsAffected() > 0 {
+		c.wakeUp()
+	}
+}
+
+// parked counts a message that was parked.
 func (c *Consumer) parked(reason string) {
 	c.count(func(s *Stats) { s.Parked[reason]++ })
+	c.wakeUp()
+}
+
+// wakeUp has watchDue look at once.
+func (c *Consumer) wakeUp() {
 	select {
 	case c.wake <- struct{}{}:
 	default:
@@ -126,6 +158,9 @@ const (
 	dueSoon  = 500 * time.Millisecond // between looks, while something is parked for retry
 	dueIdle  = 5 * time.Second        // while nothing is
 	dueAgain = 10 * time.Millisecond  // while there is more than a page
+	// Keys in one look for blocked messages with nothing before them: an operator
+	// has dealt with it, or a process has died before it came to unblock.
+	unblockPage = 1000
 )
 
 // watchDue looks for parked messages that are due and gives them to the workers,
@@ -133,10 +168,14 @@ const (
 func (c *Consumer) watchDue(ctx context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
-	for {
+	unblock := time.NewTicker(dueIdle)
+	defer unblock.Stop()
+	for key := ""; ; {
 		select {
 		case <-timer.C:
 		case <-c.wake:
+		case <-unblock.C:
+			key = c.unblockAll(ctx, key)
 		case <-ctx.Done():
 			return
 		}
@@ -182,6 +221,16 @@ func (c *Consumer) listDue(ctx context.Context) (ids []int64, waiting bool, err 
 	return ids, waiting, err
 }
 
+// unblockAll makes due what waits behind nothing, among the next keys after key,
+// and returns where to go on.
+func (c *Consumer) unblockAll(ctx context.Context, key string) (next string) {
+	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	err := c.db.QueryRow(callCtx, unblockAllSQL(c.cfg.Schema), c.cfg.Name, key, unblockPage).Scan(&next)
+	c.reportDatabase(ctx, err)
+	return next
+}
+
 // parkedMessage is a parked message whose next attempt is this worker's to make.
 type parkedMessage struct {
 	envelope
@@ -207,11 +256,12 @@ func (c *Consumer) handleAgain(live, ctx context.Context, id int64) {
 		c.settle(live, p, failed, Reject(errors.New("the last attempt did not come to an end: did the process die?")))
 		return
 	}
-	unpark := statement{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}
+	unpark := []statement{{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}}
 	v, err := c.apply(ctx, live, unpark, p.envelope, p.attempts)
 	switch v {
 	case applied:
 		c.count(func(s *Stats) { s.Applied++ })
+		c.unblock(ctx, p.envelope)
 	case failed, ended, stopped:
 		c.settle(live, p, v, err)
 	}

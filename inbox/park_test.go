@@ -188,7 +188,7 @@ func TestAHandlerThatTakesTooLongIsParked(t *testing.T) {
 func TestAHandlerThatEndsItsTransactionLosesNothing(t *testing.T) {
 	t.Parallel()
 	b := setupBroker(t)
-	ends := []string{"COMMIT", "ROLLBACK", "/**/ COMMIT", "/**/ ROLLBACK"}
+	ends := []string{"COMMIT", "ROLLBACK", "COMMIT", "ROLLBACK"} // the latter two behind the back of tx
 	b.publish(t, numbered(len(ends))...)
 	cfg := b.config(t)
 	cfg.MaxAttempts = 1
@@ -196,8 +196,13 @@ func TestAHandlerThatEndsItsTransactionLosesNothing(t *testing.T) {
 		if err := b.apply(ctx, tx, m); err != nil {
 			return err
 		}
-		_, _ = tx.Exec(ctx, ends[m.ID[0]-'0'])
-		return nil
+		i := m.ID[0] - '0'
+		if i < 2 {
+			_, _ = tx.Exec(ctx, ends[i])
+			return nil
+		}
+		_, err := tx.Conn().Exec(ctx, ends[i])
+		return err
 	}, cfg)
 	c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == uint64(len(ends)) })
 	for i, effects := range []int{0, 0, 1, 0} { // the third did commit: that is for a human
@@ -212,7 +217,7 @@ func TestAHandlerThatEndsItsTransactionLosesNothing(t *testing.T) {
 // As above, but in an attempt after the first: the row is gone by then.
 func TestAHandlerThatEndsItsTransactionLaterLosesNothing(t *testing.T) {
 	t.Parallel()
-	for _, end := range []string{"/**/ COMMIT", "/**/ ROLLBACK"} {
+	for _, end := range []string{"COMMIT", "ROLLBACK"} {
 		t.Run(end, func(t *testing.T) {
 			t.Parallel()
 			b := setupBroker(t)
@@ -221,7 +226,7 @@ func TestAHandlerThatEndsItsTransactionLaterLosesNothing(t *testing.T) {
 				if m.Attempt == 1 {
 					return errTest
 				}
-				_, err := tx.Exec(ctx, end)
+				_, err := tx.Conn().Exec(ctx, end)
 				return err
 			})
 			c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })

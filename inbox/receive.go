@@ -20,7 +20,7 @@ const (
 	openTimeout = 30 * time.Second
 	// longest is the longest wait between two connections, and how long one must
 	// have lasted for the next wait to be short again.
-	longest = 5 * time.Second
+	longest = 3 * time.Second
 )
 
 // delivery is one delivery of a message. live ends with the connection it came

@@ -67,6 +67,43 @@ func dueSQL(schema string) string {
 	WHERE consumer = $1 AND due_at IS NOT NULL ORDER BY due_at LIMIT $2`
 }
 
+// The columns of a message that is parked for its key to wait behind.
+const ofKey = `consumer = $1 AND key = $2 AND reason IN ('retry', 'blocked', 'dead')`
+
+// blockedSQL finds a row if a message of the key is parked (inbox_parked_key).
+// Sent after recordSQL, so that it sees what was committed while that waited.
+func blockedSQL(schema string) string {
+	return `SELECT FROM ` + table(schema, "inbox_parked") + ` WHERE ` + ofKey + ` LIMIT 1`
+}
+
+// unblockSQL makes the first parked message of a key due, if it waits for another
+// that is gone (inbox_parked_key).
+func unblockSQL(schema string) string {
+	parked := table(schema, "inbox_parked")
+	return `UPDATE ` + parked + ` SET reason = 'retry', due_at = clock_timestamp()
+	WHERE id = (SELECT id FROM ` + parked + ` WHERE ` + ofKey + ` ORDER BY id LIMIT 1) AND reason = 'blocked'`
+}
+
+// unblockAllSQL is unblockSQL for the next $3 keys after $2, and returns the last
+// of them, ” at the end. It goes from key to key (inbox_parked_key), however
+// many messages a key has. The || keeps the UPDATE off an index that has reason.
+func unblockAllSQL(schema string) string {
+	parked := table(schema, "inbox_parked")
+	first := func(after, n string) string {
+		return `SELECT key, id, reason, ` + n + ` AS n FROM ` + parked + ` WHERE consumer = $1 AND key > ` + after + `
+			AND reason IN ('retry', 'blocked', 'dead') ORDER BY key, id LIMIT 1`
+	}
+	return `WITH RECURSIVE head AS (
+		(` + first("$2", "1") + `)
+		UNION ALL
+		SELECT next.* FROM head, LATERAL (` + first("head.key", "head.n + 1") + `) AS next WHERE head.n < $3
+	), unblocked AS (
+		UPDATE ` + parked + ` SET reason = 'retry', due_at = clock_timestamp()
+		WHERE id = ANY (ARRAY(SELECT id FROM head WHERE reason = 'blocked')) AND reason || '' = 'blocked'
+	)
+	SELECT CASE WHEN count(*) = $3 THEN max(key) ELSE '' END FROM head`
+}
+
 // claimSQL counts an attempt before it is made, and puts the row off until it
 // must be over (inbox_parked_pkey). No row: somebody else has it.
 func claimSQL(schema string) string {

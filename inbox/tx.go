@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
 	"time"
 
@@ -23,9 +22,6 @@ var (
 	// back of this package, with a COMMIT or ROLLBACK of its own. What it had done
 	// may be committed, with or without the record of the message.
 	ErrTxEnded = errors.New("the handler ended the transaction")
-
-	errTxControl = errors.New("the handler must not end the transaction: return nil to commit it, an error to roll it back")
-	errConnLost  = errors.New("connection to the database was lost")
 )
 
 const (
@@ -42,14 +38,15 @@ type statement struct {
 }
 
 // begin begins a transaction and runs the statements in it, in one round trip. It
-// returns how many rows the last of them affected. The caller rolls back or commits.
-func begin(ctx context.Context, db *pgxpool.Pool, statements ...statement) (pgx.Tx, int64, error) {
+// returns how many rows each of them affected or found. The caller rolls back or
+// commits.
+func begin(ctx context.Context, db *pgxpool.Pool, statements ...statement) (pgx.Tx, []int64, error) {
 	batch := &pgx.Batch{}
 	batch.BeginTx(pgx.TxOptions{})
-	var rows int64
-	for _, s := range statements {
+	rows := make([]int64, len(statements))
+	for i, s := range statements {
 		batch.Queue(s.sql, s.args...).Exec(func(tag pgconn.CommandTag) error {
-			rows = tag.RowsAffected()
+			rows[i] = tag.RowsAffected()
 			return nil
 		})
 	}
@@ -57,7 +54,7 @@ func begin(ctx context.Context, db *pgxpool.Pool, statements ...statement) (pgx.
 	tx := results.Tx()
 	if err := results.Close(); err != nil {
 		rollback(ctx, tx)
-		return nil, 0, err
+		return nil, nil, err
 	}
 	return tx, rows, nil
 }
@@ -167,56 +164,4 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	case <-ctx.Done():
 		return false
 	}
-}
-
-// guard is the transaction that a handler sees: all of a pgx.Tx except its end.
-type guard struct {
-	pgx.Tx
-	tried bool // to end the transaction
-}
-
-func (g *guard) Commit(context.Context) error {
-	g.tried = true
-	return errTxControl
-}
-
-func (g *guard) Rollback(context.Context) error {
-	g.tried = true
-	return errTxControl
-}
-
-var (
-	endsTx      = regexp.MustCompile(`(?i)^\s*(commit|end|abort|rollback|prepare\s+transaction)\b`)
-	toSavepoint = regexp.MustCompile(`(?i)^\s*rollback(\s+work|\s+transaction)?\s+to\b`)
-)
-
-// Exec refuses the obvious: a COMMIT or ROLLBACK sent as a statement. What
-// comes by other ways is found out by check.
-func (g *guard) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	if endsTx.MatchString(sql) && !toSavepoint.MatchString(sql) {
-		g.tried = true
-		return pgconn.CommandTag{}, errTxControl
-	}
-	return g.Tx.Exec(ctx, sql, args...)
-}
-
-// check turns what the handler returned into what became of the transaction: nil
-// if it is there to be committed.
-func (g *guard) check(err error) error {
-	conn := g.Conn().PgConn()
-	switch {
-	case conn.IsClosed():
-		if err == nil {
-			err = errConnLost
-		}
-	case conn.TxStatus() == 'I':
-		err = errors.Join(ErrTxEnded, err)
-	case err == nil && g.tried:
-		err = errTxControl
-	case err == nil && conn.IsBusy():
-		err = errors.New("the handler left rows of a query open")
-	case err == nil && conn.TxStatus() == 'E':
-		err = fmt.Errorf("the handler ignored an error of the database: %w", pgx.ErrTxCommitRollback)
-	}
-	return err
 }

@@ -1,0 +1,225 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+var (
+	errTxControl = errors.New("the handler must not end the transaction: return nil to commit it, an error to roll it back")
+	errConnLost  = errors.New("connection to the database was lost")
+)
+
+// guard is the transaction that a handler sees: all of a pgx.Tx except its end.
+// It refuses what it can see; what comes by other ways, such as Conn, is found
+// out by check.
+type guard struct {
+	pgx.Tx
+	nested bool  // a savepoint, which the handler may end
+	tried  *bool // to end the transaction
+}
+
+func newGuard(tx pgx.Tx) *guard { return &guard{Tx: tx, tried: new(bool)} }
+
+func (g *guard) Begin(ctx context.Context) (pgx.Tx, error) {
+	tx, err := g.Tx.Begin(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &guard{Tx: tx, nested: true, tried: g.tried}, nil
+}
+
+func (g *guard) Commit(ctx context.Context) error {
+	if g.nested {
+		return g.Tx.Commit(ctx)
+	}
+	return g.refuse()
+}
+
+func (g *guard) Rollback(ctx context.Context) error {
+	if g.nested {
+		return g.Tx.Rollback(ctx)
+	}
+	return g.refuse()
+}
+
+func (g *guard) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	if endsTx(sql) {
+		return pgconn.CommandTag{}, g.refuse()
+	}
+	return g.Tx.Exec(ctx, sql, args...)
+}
+
+func (g *guard) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	if endsTx(sql) {
+		return noRows{}, g.refuse()
+	}
+	return g.Tx.Query(ctx, sql, args...)
+}
+
+func (g *guard) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	if endsTx(sql) {
+		_ = g.refuse() // Scan returns it
+		return noRows{}
+	}
+	return g.Tx.QueryRow(ctx, sql, args...)
+}
+
+func (g *guard) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
+	if endsTx(sql) {
+		return nil, g.refuse()
+	}
+	return g.Tx.Prepare(ctx, name, sql)
+}
+
+func (g *guard) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	for _, query := range b.QueuedQueries {
+		if endsTx(query.SQL) {
+			return pgx.FailedBatchResults(b, g.refuse())
+		}
+	}
+	return g.Tx.SendBatch(ctx, b)
+}
+
+func (g *guard) refuse() error {
+	*g.tried = true
+	return errTxControl
+}
+
+// noRows is the result of a query that was refused. As in pgx it can be read
+// although Query returned an error.
+type noRows struct{ pgx.Rows }
+
+func (noRows) Close()                        {}
+func (noRows) Next() bool                    { return false }
+func (noRows) Scan(...any) error             { return errTxControl }
+func (noRows) Err() error                    { return errTxControl }
+func (noRows) CommandTag() pgconn.CommandTag { return pgconn.CommandTag{} }
+
+// check turns what the handler returned into what became of the transaction: nil
+// if it is there to be committed.
+func (g *guard) check(err error) error {
+	conn := g.Conn().PgConn()
+	switch {
+	case conn.IsClosed():
+		if err == nil {
+			err = errConnLost
+		}
+	case conn.TxStatus() == 'I':
+		err = errors.Join(ErrTxEnded, err)
+	case err == nil && *g.tried:
+		err = errTxControl
+	case err == nil && conn.IsBusy():
+		err = errors.New("the handler left rows of a query open")
+	case err == nil && conn.TxStatus() == 'E':
+		err = fmt.Errorf("the handler ignored an error of the database: %w", pgx.ErrTxCommitRollback)
+	}
+	return err
+}
+
+var (
+	mayEnd      = regexp.MustCompile(`(?i)\b(commit|end|abort|rollback|prepare)\b`)
+	ends        = regexp.MustCompile(`(?i)^\s*(commit|end|abort|rollback|prepare\s+transaction)\b`)
+	toSavepoint = regexp.MustCompile(`(?i)^\s*rollback(\s+work|\s+transaction)?\s+to\b`)
+	dollarQuote = regexp.MustCompile(`^\$([A-Za-z_][A-Za-z0-9_]*)?\$`)
+)
+
+// endsTx reports whether one of the statements in sql ends the transaction.
+func endsTx(sql string) bool {
+	if !mayEnd.MatchString(sql) { // most of all statements
+		return false
+	}
+	for _, statement := range strings.Split(bare(sql), ";") {
+		if ends.MatchString(statement) && !toSavepoint.MatchString(statement) {
+			return true
+		}
+	}
+	return false
+}
+
+// bare returns sql with its comments, literals and quoted names left out, since a
+// semicolon or COMMIT in them means nothing.
+func bare(sql string) string {
+	var b strings.Builder
+	for sql != "" {
+		n := quoted(sql)
+		if n == 0 {
+			b.WriteByte(sql[0])
+			sql = sql[1:]
+			continue
+		}
+		// A comment separates words; a literal does too, but is one itself.
+		if sql[0] == '-' || sql[0] == '/' {
+			b.WriteByte(' ')
+		} else {
+			b.WriteByte('?')
+		}
+		sql = sql[n:]
+	}
+	return b.String()
+}
+
+// quoted returns the length of the comment, literal or quoted name that sql
+// begins with; all of it if that does not end, 0 if there is none. Doubled quotes
+// are two literals in a row here, which comes to the same.
+func quoted(sql string) int {
+	opening, closing := sql[:1], ""
+	switch {
+	case strings.HasPrefix(sql, "--"):
+		closing = "\n"
+	case strings.HasPrefix(sql, "/*"):
+		return comment(sql)
+	case len(sql) > 1 && strings.EqualFold(sql[:2], "e'"):
+		return escaped(sql)
+	case sql[0] == '\'' || sql[0] == '"':
+		closing = opening
+	case sql[0] == '$':
+		opening = dollarQuote.FindString(sql)
+		closing = opening
+	}
+	if closing == "" {
+		return 0
+	}
+	if i := strings.Index(sql[len(opening):], closing); i >= 0 {
+		return len(opening) + i + len(closing)
+	}
+	return len(sql)
+}
+
+// comment returns the length of a block comment, which may hold others.
+func comment(sql string) int {
+	depth := 0
+	for i := 0; i+1 < len(sql); i++ {
+		switch sql[i : i+2] {
+		case "/*":
+			depth++
+			i++
+		case "*/":
+			depth--
+			i++
+			if depth == 0 {
+				return i + 1
+			}
+		}
+	}
+	return len(sql)
+}
+
+// escaped returns the length of a literal in which a backslash escapes a quote.
+func escaped(sql string) int {
+	for i := 2; i < len(sql); i++ {
+		switch sql[i] {
+		case '\\':
+			i++
+		case '\'':
+			return i + 1
+		}
+	}
+	return len(sql)
+}
