@@ -89,8 +89,7 @@ func TestABrokerKilledWhileAMessageIsHandledLosesNothing(t *testing.T) {
 	b := setupBroker(t)
 	cfg := b.config(t)
 	cfg.Setup = func(ch *amqp.Channel) error { // on the broker that is killed
-		// Not a quorum queue: one killed at once after it was made does not come back.
-		if _, err := ch.QueueDeclare(b.queue, true, false, false, false, nil); err != nil {
+		if _, err := ch.QueueDeclare(b.queue, true, false, false, false, amqp.Table{"x-queue-type": "quorum"}); err != nil {
 			return err
 		}
 		return ch.Publish("", b.queue, true, false, amqp.Publishing{MessageId: "0", DeliveryMode: amqp.Persistent})
@@ -103,6 +102,9 @@ func TestABrokerKilledWhileAMessageIsHandledLosesNothing(t *testing.T) {
 		return b.apply(ctx, tx, m)
 	}, cfg)
 	<-inHand
+	if err := rabbit.Sync(b.ctx); err != nil {
+		t.Fatal(err)
+	}
 	if err := rabbit.Kill(); err != nil {
 		t.Fatal(err)
 	}

@@ -24,6 +24,9 @@ import (
 // advisory lock of its own.
 const table = "txbox_migrations"
 
+// connectTimeout is the default: a host that swallows packets takes minutes.
+const connectTimeout = 10 * time.Second
+
 // session is one private database connection with search_path set. It must not
 // be shared: golang-migrate closes what it is handed.
 type session struct {
@@ -40,6 +43,9 @@ func run(ctx context.Context, databaseURL string, cfg Config, do func(*session) 
 	config, err := pgx.ParseConfig(databaseURL)
 	if err != nil {
 		return fmt.Errorf("migrations: %w", err)
+	}
+	if config.ConnectTimeout == 0 {
+		config.ConnectTimeout = connectTimeout
 	}
 	config.RuntimeParams["search_path"] = pgx.Identifier{schema}.Sanitize()
 	config.RuntimeParams["application_name"] = "txbox migrations"

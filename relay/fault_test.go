@@ -221,6 +221,7 @@ func TestBrokerRestartCostsNothing(t *testing.T) {
 	t.Parallel()
 	broker := serverstest.RabbitMQ(t)
 	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	b.must(broker.Sync(testenv.Context(t)))
 	r, _ := b.start(brisk)
 	msgs := b.messages(10_000, func(i int) string { return fmt.Sprint("k", i%10) })
 	b.write(msgs...)

@@ -72,12 +72,13 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 func (r *Relay) Wake() { notify(r.reader.wake) }
 
 // Run publishes until ctx ends; it returns nil after a clean stop. Outages of
-// database and broker are waited out. ErrSchema is the only lasting error. A
-// Relay runs once.
+// database and broker are waited out. While ctx lasts, ErrSchema is the only
+// error. A Relay runs once.
 //
 // When ctx ends, Run reads nothing more, awaits the broker's answers to what is
 // in flight, records them and frees its lanes, all within Config.StopTimeout.
-// What is left then is published again by whoever owns its lane next.
+// What is left then is published again by whoever owns its lane next, and Run
+// returns an error.
 func (r *Relay) Run(ctx context.Context) error {
 	if r.running.Swap(true) {
 		return errors.New("relay: Run was called twice")
@@ -107,8 +108,12 @@ func (r *Relay) Run(ctx context.Context) error {
 	settling.Wait() // the tables say so
 	stopLeasing()
 	leasing.Wait() // nobody renews any more
-	if err := r.leases.leave(hard); err != nil {
-		r.cfg.Logger.Warn("stopped, but lanes stay leased until the lease ends", "error", err)
+	err := r.leases.leave(hard)
+	if hard.Err() != nil {
+		return fmt.Errorf("relay: not stopped cleanly within %s", r.cfg.StopTimeout)
+	}
+	if err != nil {
+		return fmt.Errorf("relay: stopped, but lanes stay leased until the lease ends: %w", err)
 	}
 	return nil
 }

@@ -7,7 +7,8 @@
 //
 // Flags go over environment variables, these over defaults; "relay run --help"
 // lists all. It exits with 0 after a clean stop, 1 after a failure, and 2 if flags
-// or variables are wrong, with all mistakes at once.
+// or variables are wrong, with all mistakes at once. A second signal ends it at
+// once, with 1.
 package main
 
 import (
@@ -18,7 +19,6 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -33,13 +33,17 @@ type cli struct {
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // the next signal has its usual effect
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		cancel()
+		<-signals
+		os.Exit(1)
+	}()
 	os.Exit(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
 }
-
-// usageError is about what the caller wrote, not about what happened.
-type usageError struct{ error }
 
 func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) int {
 	exit := -1
@@ -50,79 +54,49 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		kong.Exit(func(code int) { exit = code }), // after --help
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		kong.BindTo(stdout, (*io.Writer)(nil)),
-		kong.UsageOnError(),
 	)
-	if len(args) == 0 {
+	switch {
+	case len(args) == 0:
 		args = []string{"--help"}
+	case args[0] == "help": // as the go command has it: relay help run
+		args = append(args[1:], "--help")
 	}
-	parsed, err := parser.Parse(args)
+	unsetEmptyVariables(environ)
+	known, flags := unknownFlags(parser.Model.Node, args)
+	found := append(flags, unknownVariables(parser.Model.Node, environ)...)
+	parsed, err := parser.Parse(known)
 	if exit >= 0 {
 		return exit
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, "relay:", err)
-		return 2
+		err = wrongUsage(append(found, withoutArguments(args, err)))
+	} else {
+		err = parsed.Run(found)
 	}
-	unknown := unknownVariables(parser, environ)
-	err = parsed.Run(unknown)
+	return report(stderr, err)
+}
+
+// report prints err and returns the exit code.
+func report(stderr io.Writer, err error) int {
 	var usage usageError
 	switch {
 	case errors.As(err, &usage):
 		fmt.Fprintln(stderr, "relay:", strings.ReplaceAll(err.Error(), "\n", "\n  "))
 		return 2
 	case err != nil:
-		fmt.Fprintln(stderr, "relay:", err)
+		fmt.Fprintln(stderr, "relay:", strings.TrimPrefix(err.Error(), "relay: "))
 		return 1
 	}
 	return 0
 }
 
-// variables are the TXBOX_ variables that no flag has.
-type variables []string
-
-// problems has one for each.
-func (v variables) problems() (problems []error) {
-	for _, name := range v {
-		problems = append(problems, fmt.Errorf("$%s: there is no such setting", name))
-	}
-	return problems
-}
-
-func unknownVariables(parser *kong.Kong, environ []string) (unknown variables) {
-	known := map[string]bool{}
-	for _, name := range secretVariables {
-		known[name], known[name+fileSuffix] = true, true
-	}
-	nodes := []*kong.Node{parser.Model.Node}
-	for len(nodes) > 0 {
-		node := nodes[0]
-		nodes = append(nodes[1:], node.Children...)
-		for _, flag := range node.Flags {
-			for _, name := range flag.Envs {
-				known[name] = true
-			}
-		}
-	}
-	kubernetes := slices.ContainsFunc(environ, func(v string) bool { return strings.HasPrefix(v, "KUBERNETES_SERVICE_HOST=") })
-	for _, variable := range environ {
-		name, _, _ := strings.Cut(variable, "=")
-		if !strings.HasPrefix(name, "TXBOX_") || known[name] {
-			continue
-		}
-		// Kubernetes tells each pod of each service: TXBOX_SERVICE_HOST, TXBOX_PORT_80_TCP.
-		if kubernetes && (strings.Contains(name, "_SERVICE_") || strings.Contains(name, "_PORT")) {
-			continue
-		}
-		unknown = append(unknown, name)
-	}
-	slices.Sort(unknown)
-	return unknown
-}
-
 type versionCommand struct{}
 
 // Run prints what the Go toolchain noted when it built the program.
-func (versionCommand) Run(out io.Writer) error {
+func (versionCommand) Run(out io.Writer, found mistakes) error {
+	if err := wrongUsage(found); err != nil {
+		return err
+	}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
 		return errors.New("built without version information")

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/txbox/txbox/internal/dbschema"
 	"github.com/txbox/txbox/migrations"
 )
 
@@ -22,9 +23,9 @@ type migrateCommand struct {
 }
 
 // withTables checks the flags and calls do with what migrations wants.
-func (f *databaseFlags) withTables(unknown variables, do func(databaseURL string, cfg migrations.Config) error) error {
-	databaseURL, _, problems := f.check()
-	if err := wrongUsage(append(problems, unknown.problems()...)); err != nil {
+func (f *databaseFlags) withTables(found mistakes, do func(databaseURL string, cfg migrations.Config) error) error {
+	databaseURL, _, wrong := f.check()
+	if err := wrongUsage(append(found, wrong...)); err != nil {
 		return err
 	}
 	return do(databaseURL, migrations.Config{Schema: f.Schema})
@@ -32,8 +33,8 @@ func (f *databaseFlags) withTables(unknown variables, do func(databaseURL string
 
 type migrateUp struct{ databaseFlags }
 
-func (c *migrateUp) Run(ctx context.Context, out io.Writer, unknown variables) error {
-	return c.withTables(unknown, func(databaseURL string, cfg migrations.Config) error {
+func (c *migrateUp) Run(ctx context.Context, out io.Writer, found mistakes) error {
+	return c.withTables(found, func(databaseURL string, cfg migrations.Config) error {
 		if err := migrations.Up(ctx, databaseURL, cfg); err != nil {
 			return err
 		}
@@ -46,11 +47,11 @@ type migrateDown struct {
 	Yes bool `help:"Yes, remove the tables."`
 }
 
-func (c *migrateDown) Run(ctx context.Context, out io.Writer, unknown variables) error {
-	return c.withTables(unknown, func(databaseURL string, cfg migrations.Config) error {
-		if !c.Yes {
-			return usageError{errors.New("migrate down removes the tables; say --yes if you mean it")}
-		}
+func (c *migrateDown) Run(ctx context.Context, out io.Writer, found mistakes) error {
+	if !c.Yes {
+		found.add(errors.New("migrate down removes the tables; say --yes if you mean it"))
+	}
+	return c.withTables(found, func(databaseURL string, cfg migrations.Config) error {
 		if err := migrations.Down(ctx, databaseURL, cfg); err != nil {
 			return err
 		}
@@ -60,8 +61,8 @@ func (c *migrateDown) Run(ctx context.Context, out io.Writer, unknown variables)
 
 type migrateStatus struct{ databaseFlags }
 
-func (c *migrateStatus) Run(ctx context.Context, out io.Writer, unknown variables) error {
-	return c.withTables(unknown, func(databaseURL string, cfg migrations.Config) error {
+func (c *migrateStatus) Run(ctx context.Context, out io.Writer, found mistakes) error {
+	return c.withTables(found, func(databaseURL string, cfg migrations.Config) error {
 		return printState(ctx, out, databaseURL, cfg)
 	})
 }
@@ -71,8 +72,11 @@ type migrateForce struct {
 	Version int `arg:"" help:"The last migration that is wholly there; 0 for none."`
 }
 
-func (c *migrateForce) Run(ctx context.Context, out io.Writer, unknown variables) error {
-	return c.withTables(unknown, func(databaseURL string, cfg migrations.Config) error {
+func (c *migrateForce) Run(ctx context.Context, out io.Writer, found mistakes) error {
+	if c.Version < 0 || c.Version > dbschema.Version {
+		found.add(fmt.Errorf("version: %d is not one of 0 to %d", c.Version, dbschema.Version))
+	}
+	return c.withTables(found, func(databaseURL string, cfg migrations.Config) error {
 		if err := migrations.Force(ctx, databaseURL, cfg, c.Version); err != nil {
 			return err
 		}
@@ -96,7 +100,10 @@ func printState(ctx context.Context, out io.Writer, databaseURL string, cfg migr
 type migratePrint struct{}
 
 // Run prints the files in the order in which they apply.
-func (migratePrint) Run(out io.Writer) error {
+func (migratePrint) Run(out io.Writer, found mistakes) error {
+	if err := wrongUsage(found); err != nil {
+		return err
+	}
 	files, err := fs.Glob(migrations.FS, "*.up.sql")
 	if err != nil {
 		return err

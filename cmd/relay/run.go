@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"time"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 
@@ -30,24 +32,13 @@ type runCommand struct {
 const maxConns = 4
 
 // Run publishes until ctx ends. Servers may be down: it waits for them.
-func (c *runCommand) Run(ctx context.Context, unknown variables) error {
-	log, problems := c.logger(os.Stderr)
-	problems = append(problems, unknown.problems()...)
-	for flag, d := range map[string]duration{
-		"lease": c.Lease, "retry-for": c.RetryFor, "idle-interval": c.IdleInterval, "stop-timeout": c.StopTimeout,
-		"write-timeout": c.WriteTimeout, "confirm-timeout": c.ConfirmTimeout,
-	} {
-		if err := d.check(flag); err != nil {
-			problems = append(problems, err)
-		}
-	}
-	_, dbConfig, dbProblems := c.databaseFlags.check()
-	publisher, brokerProblems := c.publisher()
-	problems = append(append(problems, dbProblems...), brokerProblems...)
-	if err := c.compare(); err != nil {
-		problems = append(problems, err)
-	}
-	if err := wrongUsage(problems); err != nil {
+func (c *runCommand) Run(ctx context.Context, found mistakes) error {
+	log, wrong := c.logger(os.Stderr)
+	found = append(append(found, wrong...), c.mistakes()...)
+	_, dbConfig, wrong := c.databaseFlags.check()
+	found = append(found, wrong...)
+	publisher, wrong := c.publisher(c.AllowPlaintext.on)
+	if err := wrongUsage(append(found, wrong...)); err != nil {
 		return err
 	}
 
@@ -56,13 +47,13 @@ func (c *runCommand) Run(ctx context.Context, unknown variables) error {
 	if err != nil {
 		return fmt.Errorf("database: %w", err)
 	}
-	defer db.Close()
+	defer closePool(db)
 	r, err := relay.New(db, publisher, relay.Config{
 		Name: c.Name, Schema: c.Schema, Lease: c.Lease.Duration, RetryFor: c.RetryFor.Duration,
 		IdleInterval: c.IdleInterval.Duration, StopTimeout: c.StopTimeout.Duration, Logger: log,
 	})
 	if err != nil {
-		return wrongUsage([]error{err})
+		return wrongUsage(mistakes{err})
 	}
 	log.Info("relay runs", "schema", c.Schema)
 	if err := r.Run(ctx); err != nil {
@@ -72,44 +63,50 @@ func (c *runCommand) Run(ctx context.Context, unknown variables) error {
 	return nil
 }
 
-func (c *runCommand) publisher() (relay.Publisher, []error) {
-	tlsConfig, problems := c.brokerFlags.tls()
-	amqpURL, err := secret("amqp-url", c.AMQPURL, "TXBOX_AMQP_URL", "AMQP_URL")
-	if err != nil {
-		return nil, append(problems, err)
+// closePool says goodbye to the database, but does not wait for one that hangs:
+// the pool would give it 15 s, on top of the stop timeout.
+func closePool(db *pgxpool.Pool) {
+	closed := make(chan struct{})
+	go func() {
+		db.Close()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(time.Second):
 	}
-	publisher, err := relay.RabbitMQ(amqpURL, relay.RabbitMQConfig{
-		WriteTimeout: max(0, c.WriteTimeout.Duration), ConfirmTimeout: max(0, c.ConfirmTimeout.Duration),
-		TLS: tlsConfig, AllowPlaintext: c.AllowPlaintext.on,
-	})
-	if err != nil {
-		problems = append(problems, fmt.Errorf("--amqp-url: %w", err))
-	}
-	return publisher, problems
 }
 
-// compare checks what New would, for a report of all problems at once.
-func (c *runCommand) compare() error {
+// mistakes checks the flags that are run's own, and all that New would.
+func (c *runCommand) mistakes() (found mistakes) {
+	found.add(c.Lease.check("lease"))
+	found.add(c.RetryFor.check("retry-for"))
+	found.add(c.IdleInterval.check("idle-interval"))
+	found.add(c.StopTimeout.check("stop-timeout"))
 	if c.Lease.err == nil && c.ConfirmTimeout.err == nil && c.Lease.Duration < c.ConfirmTimeout.Duration {
-		return fmt.Errorf("--lease: %s is shorter than --confirm-timeout, %s", c.Lease, c.ConfirmTimeout)
+		found.add(mistake("lease", "%s is shorter than %s, %s", c.Lease, setting("confirm-timeout"), c.ConfirmTimeout))
 	}
-	return nil
+	if len(c.Name) > 255 || !utf8.ValidString(c.Name) {
+		found.add(mistake("name", "must be valid UTF-8 of at most 255 bytes"))
+	}
+	return found
 }
 
-func (c *runCommand) logger(out io.Writer) (*slog.Logger, []error) {
-	var problems []error
-	options := &slog.HandlerOptions{}
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil {
-		problems = append(problems, fmt.Errorf("--log-level: %q is not debug, info, warn or error", c.LogLevel))
+func (c *runCommand) logger(out io.Writer) (log *slog.Logger, found mistakes) {
+	levels := map[string]slog.Level{
+		"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError,
 	}
-	options.Level = level
+	level, ok := levels[strings.ToLower(c.LogLevel)]
+	if !ok {
+		found.add(mistake("log-level", "%s is not debug, info, warn or error", shown(c.LogLevel)))
+	}
+	options := &slog.HandlerOptions{Level: level}
 	switch strings.ToLower(c.LogFormat) {
 	case "json":
-		return slog.New(slog.NewJSONHandler(out, options)), problems
+		return slog.New(slog.NewJSONHandler(out, options)), found
 	case "text":
 	default:
-		problems = append(problems, fmt.Errorf("--log-format: %q is not text or json", c.LogFormat))
+		found.add(mistake("log-format", "%s is not text or json", shown(c.LogFormat)))
 	}
-	return slog.New(slog.NewTextHandler(out, options)), problems
+	return slog.New(slog.NewTextHandler(out, options)), found
 }

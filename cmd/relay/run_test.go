@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -25,10 +26,10 @@ func write(t *testing.T, db *testenv.DB, queue string) {
 	}))
 }
 
-// queue declares one on the broker at url, and returns how many messages it has.
-func queue(t *testing.T, url string) (name string, messages func() int) {
+// queue declares one on the broker at amqpURL, and returns how many messages it has.
+func queue(t *testing.T, amqpURL string) (name string, messages func() int) {
 	t.Helper()
-	conn, err := amqp.Dial(url)
+	conn, err := amqp.Dial(amqpURL)
 	must(t, err)
 	t.Cleanup(func() { conn.Close() })
 	ch, err := conn.Channel()
@@ -131,8 +132,57 @@ func TestSecondSignalEndsAtOnce(t *testing.T) {
 	case <-time.After(300 * time.Millisecond):
 	}
 	relay.signal(t, syscall.SIGTERM)
-	if code := relay.exit(t); code == 0 {
-		t.Errorf("exit code %d", code)
+	if code := relay.exit(t); code != 1 {
+		t.Errorf("exit code %d:\n%s", code, relay.output)
+	}
+}
+
+// Whoever reads the exit code learns that the stop was not clean, and soon: a
+// database that hangs is not waited for beyond the stop timeout.
+func TestStopThatIsNotCleanEndsWith1(t *testing.T) {
+	database := serverstest.Postgres(t)
+	db := testenv.SchemaAt(t, database.URL())
+	relay := start(t, []string{"DATABASE_URL=" + database.URL(), "AMQP_URL=" + testenv.AMQPURL(t)},
+		"run", "--schema", db.Schema, "--stop-timeout=1s")
+	relay.output.has(t, "broker works")
+	must(t, database.Pause())
+	began := time.Now()
+	relay.signal(t, syscall.SIGTERM)
+	code := relay.exit(t)
+	if took := time.Since(began); code != 1 || took > 8*time.Second || !strings.Contains(relay.output.String(), "relay: not stopped cleanly within 1s") {
+		t.Errorf("exit code %d after %s:\n%s", code, took, relay.output)
+	}
+	must(t, database.Resume())
+}
+
+// What servers and clients say of a wrong password does not hold it.
+func TestLogShowsNoPasswordThatServersRefuse(t *testing.T) {
+	db := testenv.Schema(t)
+	wrong := func(raw string) string {
+		u, err := url.Parse(raw)
+		must(t, err)
+		u.User = url.UserPassword(u.User.Username(), "S3cret")
+		return u.String()
+	}
+	for _, test := range []struct{ database, broker, fails string }{
+		{wrong(db.URL), testenv.AMQPURL(t), "schema fails"},
+		{db.URL, wrong(testenv.AMQPURL(t)), "broker fails"},
+	} {
+		for _, format := range []string{"text", "json"} {
+			relay := start(t, []string{"DATABASE_URL=" + test.database, "AMQP_URL=" + test.broker},
+				"run", "--schema", db.Schema, "--log-level=debug", "--log-format", format)
+			relay.output.has(t, test.fails)
+			relay.signal(t, syscall.SIGTERM)
+			if code := relay.exit(t); code != 0 || strings.Contains(relay.output.String(), "S3cret") {
+				t.Errorf("exit code %d:\n%s", code, relay.output)
+			}
+		}
+	}
+	if text, code := runProgram(t, []string{"DATABASE_URL=" + wrong(db.URL)}, "status"); code != 1 || strings.Contains(text, "S3cret") {
+		t.Errorf("exit code %d:\n%s", code, text)
+	}
+	if text, code := runProgram(t, []string{"DATABASE_URL=" + wrong(db.URL)}, "migrate", "up"); code != 1 || strings.Contains(text, "S3cret") {
+		t.Errorf("exit code %d:\n%s", code, text)
 	}
 }
 

@@ -23,12 +23,13 @@ type statusCommand struct {
 // status is what the tables say at one moment.
 type status struct {
 	Schema           string           `json:"schema"`
+	SchemaVersion    int              `json:"schema_version"`
 	Pending          int64            `json:"pending"` // exact up to pendingLimit
 	PendingIsExact   bool             `json:"pending_is_exact"`
 	OldestAgeSeconds float64          `json:"oldest_pending_age_seconds"`
 	Parked           map[string]int64 `json:"parked"`
 	Relays           []relayRow       `json:"relays"`
-	LanesWithoutLive int64            `json:"lanes_without_live_relay"`
+	OrphanLanes      int64            `json:"orphan_lanes"` // that no live relay owns
 }
 
 type relayRow struct {
@@ -38,6 +39,8 @@ type relayRow struct {
 }
 
 const pendingLimit = 10_000
+
+const versionSQL = `SELECT version FROM {version}`
 
 // pendingSQL reads at most pendingLimit+1 index entries; the oldest is the message of
 // the lowest id.
@@ -55,13 +58,11 @@ const orphansSQL = `SELECT count(*) FROM {lane} AS l
 	WHERE NOT EXISTS (SELECT FROM {relay} AS r WHERE r.id = l.owner AND r.leased_until > clock_timestamp())`
 
 // Run prints the status. It fails if the database or the tables are not there.
-func (c *statusCommand) Run(ctx context.Context, out io.Writer, unknown variables) error {
-	_, config, problems := c.databaseFlags.check()
-	problems = append(problems, unknown.problems()...)
-	if err := c.Timeout.check("timeout"); err != nil {
-		problems = append(problems, err)
-	}
-	if err := wrongUsage(problems); err != nil {
+func (c *statusCommand) Run(ctx context.Context, out io.Writer, found mistakes) error {
+	_, config, wrong := c.databaseFlags.check()
+	found = append(found, wrong...)
+	found.add(c.Timeout.check("timeout"))
+	if err := wrongUsage(found); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout.Duration)
@@ -72,7 +73,7 @@ func (c *statusCommand) Run(ctx context.Context, out io.Writer, unknown variable
 	}
 	defer db.Close(ctx)
 	if err := dbschema.CheckVersion(ctx, db, c.Schema); err != nil {
-		return fmt.Errorf("%w; see relay migrate status", err)
+		return err
 	}
 	s, err := readStatus(ctx, db, c.Schema)
 	if err != nil {
@@ -89,6 +90,7 @@ func (c *statusCommand) Run(ctx context.Context, out io.Writer, unknown variable
 
 func readStatus(ctx context.Context, db *pgx.Conn, schema string) (*status, error) {
 	names := strings.NewReplacer(
+		"{version}", pgx.Identifier{schema, "txbox_version"}.Sanitize(),
 		"{outbox}", pgx.Identifier{schema, "outbox"}.Sanitize(),
 		"{parked}", pgx.Identifier{schema, "outbox_parked"}.Sanitize(),
 		"{relay}", pgx.Identifier{schema, "outbox_relay"}.Sanitize(),
@@ -99,6 +101,7 @@ func readStatus(ctx context.Context, db *pgx.Conn, schema string) (*status, erro
 		Parked: map[string]int64{"scheduled": 0, "retry": 0, "blocked": 0, "dead": 0},
 	}
 	batch := &pgx.Batch{}
+	batch.Queue(names.Replace(versionSQL)).QueryRow(func(row pgx.Row) error { return row.Scan(&s.SchemaVersion) })
 	batch.Queue(names.Replace(pendingSQL), pendingLimit).QueryRow(func(row pgx.Row) error {
 		return row.Scan(&s.Pending, &s.OldestAgeSeconds)
 	})
@@ -113,8 +116,10 @@ func readStatus(ctx context.Context, db *pgx.Conn, schema string) (*status, erro
 		s.Relays = append(s.Relays, relays...)
 		return err
 	})
-	batch.Queue(names.Replace(orphansSQL)).QueryRow(func(row pgx.Row) error { return row.Scan(&s.LanesWithoutLive) })
-	if err := db.SendBatch(ctx, batch).Close(); err != nil {
+	batch.Queue(names.Replace(orphansSQL)).QueryRow(func(row pgx.Row) error { return row.Scan(&s.OrphanLanes) })
+	moment := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
+	err := pgx.BeginTxFunc(ctx, db, moment, func(tx pgx.Tx) error { return tx.SendBatch(ctx, batch).Close() })
+	if err != nil {
 		return nil, fmt.Errorf("read the tables: %w", err)
 	}
 	s.PendingIsExact = s.Pending <= pendingLimit
@@ -127,12 +132,12 @@ func (s *status) text() string {
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	pending := fmt.Sprint(s.Pending)
 	if !s.PendingIsExact {
-		pending = "more than " + pending
+		pending = ">" + pending
 	}
 	if s.OldestAgeSeconds > 0 {
 		pending += ", the oldest " + seconds(s.OldestAgeSeconds) + " old"
 	}
-	fmt.Fprintf(w, "schema\t%s\n", s.Schema)
+	fmt.Fprintf(w, "schema\t%s, version %d\n", s.Schema, s.SchemaVersion)
 	fmt.Fprintf(w, "pending\t%s\n", pending)
 	for _, reason := range []string{"scheduled", "retry", "blocked", "dead"} {
 		fmt.Fprintf(w, "parked: %s\t%d\n", reason, s.Parked[reason])
@@ -141,9 +146,7 @@ func (s *status) text() string {
 	for _, r := range s.Relays {
 		fmt.Fprintf(w, "  %q\t%d lanes, lease ends in %s\n", r.Name, r.Lanes, seconds(r.LeaseLeftSeconds))
 	}
-	if s.LanesWithoutLive > 0 {
-		fmt.Fprintf(w, "lanes that nobody publishes\t%d of 64\n", s.LanesWithoutLive)
-	}
+	fmt.Fprintf(w, "orphan lanes\t%d of 64\n", s.OrphanLanes)
 	w.Flush()
 	return text.String()
 }
