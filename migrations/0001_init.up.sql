@@ -70,7 +70,9 @@ CREATE TABLE outbox (
     CONSTRAINT outbox_type_check CHECK (octet_length(type) <= 255 AND translate(type, E'\r\n', '') = type),
     CONSTRAINT outbox_content_type_check CHECK (octet_length(content_type) <= 255 AND translate(content_type, E'\r\n', '') = content_type),
     CONSTRAINT outbox_headers_check CHECK (headers = '{}' OR outbox_headers_valid(headers)),
-    CONSTRAINT outbox_payload_check CHECK (octet_length(payload) <= 134217728)
+    CONSTRAINT outbox_payload_check CHECK (octet_length(payload) <= 134217728),
+    -- What AMQP and RFC 3339 can say; infinity is neither.
+    CONSTRAINT outbox_created_at_check CHECK (created_at >= '1970-01-01 00:00:00+00' AND created_at < '10000-01-01 00:00:00+00')
 );
 ALTER SEQUENCE outbox_id_seq OWNED BY outbox.id;
 
@@ -119,7 +121,8 @@ CREATE TABLE outbox_parked (
     CONSTRAINT outbox_parked_type_check CHECK (octet_length(type) <= 255 AND translate(type, E'\r\n', '') = type),
     CONSTRAINT outbox_parked_content_type_check CHECK (octet_length(content_type) <= 255 AND translate(content_type, E'\r\n', '') = content_type),
     CONSTRAINT outbox_parked_headers_check CHECK (headers = '{}' OR outbox_headers_valid(headers)),
-    CONSTRAINT outbox_parked_payload_check CHECK (octet_length(payload) <= 134217728)
+    CONSTRAINT outbox_parked_payload_check CHECK (octet_length(payload) <= 134217728),
+    CONSTRAINT outbox_parked_created_at_check CHECK (created_at >= '1970-01-01 00:00:00+00' AND created_at < '10000-01-01 00:00:00+00')
 );
 ALTER TABLE outbox_parked ALTER COLUMN payload SET STORAGE EXTERNAL;
 ALTER TABLE outbox_parked SET (

@@ -136,12 +136,13 @@ type channel struct {
 
 	mu       sync.Mutex
 	returns  chan amqp.Return
-	returned map[returnKey]amqp.Return
+	returned map[returnKey][]amqp.Return
 	orphans  []*message // their fate was unknown when the channel closed
 }
 
 // returnKey recognises a returned message. An ID alone does not do: a producer
-// may send one ID to two destinations.
+// may send one ID to two destinations. One that writes an ID twice for one
+// destination has two returns.
 type returnKey struct{ messageID, exchange, routingKey string }
 
 func (s *session) newChannel(window int) (*channel, error) {
@@ -162,7 +163,7 @@ func (s *session) newChannel(window int) (*channel, error) {
 		// One place for each message in flight: the client drops what finds the
 		// channel full for 5 s, and a return that is lost is a message lost.
 		returns:  ch.NotifyReturn(make(chan amqp.Return, window+1)),
-		returned: make(map[returnKey]amqp.Return),
+		returned: make(map[returnKey][]amqp.Return),
 	}
 	causes := ch.NotifyClose(make(chan *amqp.Error, 1))
 	s.watchers.Go(func() { c.cause = <-causes; close(c.closed) })
@@ -278,7 +279,8 @@ func (c *channel) returnOf(m *message) (amqp.Return, bool) {
 			if !ok {
 				return c.takeReturn(m)
 			}
-			c.returned[returnKey{ret.MessageId, ret.Exchange, ret.RoutingKey}] = ret
+			key := returnKey{ret.MessageId, ret.Exchange, ret.RoutingKey}
+			c.returned[key] = append(c.returned[key], ret)
 		default:
 			return c.takeReturn(m)
 		}
@@ -287,9 +289,14 @@ func (c *channel) returnOf(m *message) (amqp.Return, bool) {
 
 func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
 	key := returnKey{m.messageID.String(), m.exchange, m.routingKey}
-	ret, ok := c.returned[key]
-	delete(c.returned, key)
-	return ret, ok
+	all := c.returned[key]
+	if len(all) == 0 {
+		return amqp.Return{}, false
+	}
+	if c.returned[key] = all[1:]; len(all) == 1 {
+		delete(c.returned, key)
+	}
+	return all[0], true
 }
 
 func (c *channel) orphan(m *message) {

@@ -78,6 +78,7 @@ CREATE TABLE txbox.outbox (
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     CONSTRAINT outbox_content_type_check CHECK (((octet_length(content_type) <= 255) AND (translate(content_type, '
 '::text, ''::text) = content_type))),
+    CONSTRAINT outbox_created_at_check CHECK (((created_at >= '1970-01-01 00:00:00+00'::timestamp with time zone) AND (created_at < '10000-01-01 00:00:00+00'::timestamp with time zone))),
     CONSTRAINT outbox_destination_check CHECK (((exchange <> ''::text) OR (routing_key <> ''::text))),
     CONSTRAINT outbox_exchange_check CHECK (((octet_length(exchange) <= 255) AND (translate(exchange, '
 '::text, ''::text) = exchange))),
@@ -123,6 +124,7 @@ CREATE TABLE txbox.outbox_parked (
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
     CONSTRAINT outbox_parked_content_type_check CHECK (((octet_length(content_type) <= 255) AND (translate(content_type, '
 '::text, ''::text) = content_type))),
+    CONSTRAINT outbox_parked_created_at_check CHECK (((created_at >= '1970-01-01 00:00:00+00'::timestamp with time zone) AND (created_at < '10000-01-01 00:00:00+00'::timestamp with time zone))),
     CONSTRAINT outbox_parked_destination_check CHECK (((exchange <> ''::text) OR (routing_key <> ''::text))),
     CONSTRAINT outbox_parked_due_at_check CHECK (((due_at IS NOT NULL) = (reason = ANY (ARRAY['scheduled'::text, 'retry'::text])))),
     CONSTRAINT outbox_parked_exchange_check CHECK (((octet_length(exchange) <= 255) AND (translate(exchange, '

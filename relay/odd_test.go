@@ -1,0 +1,87 @@
+package relay_test
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+)
+
+// Settings that a role or a database can have change nothing.
+func TestSettingsOfTheSessionDoNotMatter(t *testing.T) {
+	t.Parallel()
+	for name, value := range map[string]string{
+		"default_transaction_isolation": "serializable",
+		"TimeZone":                      "Asia/Kathmandu",
+		"DateStyle":                     "German",
+		"bytea_output":                  "escape",
+		"search_path":                   "nowhere",
+		"standard_conforming_strings":   "off",
+		"enable_indexscan":              "off",
+		"synchronous_commit":            "off",
+		"plan_cache_mode":               "force_generic_plan",
+		"row_security":                  "off",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			config, err := pgxpool.ParseConfig(b.db.URL)
+			b.must(err)
+			config.ConnConfig.RuntimeParams[name] = value
+			usual := b.db.Pool
+			b.db.Pool, err = pgxpool.NewWithConfig(testenv.Context(t), config)
+			b.must(err)
+			defer func() { b.db.Pool.Close(); b.db.Pool = usual }()
+			messages := b.messages(200, func(i int) string { return fmt.Sprint(i % 7) })
+			messages[0].Key, messages[0].NotBefore = "", time.Now().Add(200*time.Millisecond)
+			messages[1].Exchange, messages[1].RoutingKey = "", testenv.Name(t)
+			_, stop := b.start(brisk)
+			b.write(messages...)
+			b.eventuallyCount("outbox", 0)
+			b.eventuallyCount("outbox_parked", 1)
+			stop()
+			want := append([]outbox.Message{messages[0]}, messages[2:]...)
+			got := b.drain(b.queue, len(want))
+			b.checkAll(got, want, 0)
+			b.checkOrder(got, messages)
+		})
+	}
+}
+
+// Two rows with one ID and one destination, neither of which has a queue, are both
+// parked: one return does not stand for two.
+func TestEveryReturnedRowIsParked(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, err := b.db.Exec(testenv.Context(t), `INSERT INTO `+b.db.Table("outbox")+` (message_id, routing_key, key)
+		SELECT 'b0a0e3a4-2f4c-4a0e-9a44-000000000001', $1, NULL FROM generate_series(1, 500)`, testenv.Name(t))
+	b.must(err)
+	b.start(brisk)
+	b.eventuallyCount("outbox", 0)
+	if n := b.count("outbox_parked"); n != 500 {
+		t.Errorf("%d of 500 rows are parked, the others are lost", n)
+	}
+}
+
+// A row by raw SQL holds what Go's or AMQP's times cannot say.
+func TestTimesThatCannotTravelAreRefusedByTheTable(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, table := range []string{"outbox", "outbox_parked"} {
+		more, values := "", ""
+		if table == "outbox_parked" {
+			more, values = ", reason", ", 'dead'"
+		}
+		for _, at := range []string{"infinity", "-infinity", "10000-01-01 00:00:00+00", "1969-12-31 23:59:59+00", "0044-03-15 00:00:00+00 BC"} {
+			_, err := b.db.Exec(testenv.Context(t), `INSERT INTO `+b.db.Table(table)+` (message_id, routing_key, created_at`+more+`)
+				VALUES (gen_random_uuid(), 'q', $1::text::timestamptz`+values+`)`, at)
+			if err == nil {
+				t.Errorf("%s takes created_at %s", table, at)
+			}
+		}
+	}
+}
