@@ -66,7 +66,7 @@ func (w Writer) Write(ctx context.Context, tx pgx.Tx, msgs ...Message) error {
 		return err
 	}
 	if _, err := tx.Exec(ctx, stmt.sql, stmt.columns.arrays()...); err != nil {
-		return fmt.Errorf("outbox: write: %w", err)
+		return writeError(err)
 	}
 	return nil
 }
@@ -81,9 +81,17 @@ func (w Writer) WriteSQL(ctx context.Context, tx *sql.Tx, msgs ...Message) error
 		return err
 	}
 	if _, err := tx.ExecContext(ctx, stmt.sql, stmt.columns.literals()...); err != nil {
-		return fmt.Errorf("outbox: write: %w", err)
+		return writeError(err)
 	}
 	return nil
+}
+
+func writeError(err error) error {
+	var state interface{ SQLState() string } // of all drivers
+	if errors.As(err, &state) && state.SQLState() == "42P01" {
+		return fmt.Errorf("outbox: write: %w; run \"relay migrate up\"", err)
+	}
+	return fmt.Errorf("outbox: write: %w", err)
 }
 
 // Queue is the function Queue, with the Writer's settings.

@@ -13,7 +13,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
-	_ "github.com/jackc/pgx/v5/stdlib"
+	"github.com/jackc/pgx/v5/stdlib"
 	_ "github.com/lib/pq"
 	"go.uber.org/goleak"
 
@@ -415,5 +415,26 @@ func TestHundredThousandMessagesInOneTransaction(t *testing.T) {
 	var n int
 	if err := db.QueryRow(testenv.Context(t), "SELECT count(*) FROM "+db.Table("outbox")).Scan(&n); err != nil || n != len(msgs) {
 		t.Fatalf("%d rows, %v", n, err)
+	}
+}
+
+func TestWriteWithoutTablesSaysWhatToDo(t *testing.T) {
+	t.Parallel()
+	db := testenv.EmptySchema(t)
+	ctx := testenv.Context(t)
+	writer := outbox.Writer{Schema: db.Schema}
+	err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error { return writer.Write(ctx, tx, outbox.Message{RoutingKey: "q"}) })
+	if err == nil || !strings.Contains(err.Error(), "relay migrate up") {
+		t.Error(err)
+	}
+	sqlDB := stdlib.OpenDBFromPool(db.Pool)
+	defer sqlDB.Close()
+	tx, err := sqlDB.BeginTx(ctx, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	if err := writer.WriteSQL(ctx, tx, outbox.Message{RoutingKey: "q"}); err == nil || !strings.Contains(err.Error(), "relay migrate up") {
+		t.Error(err)
 	}
 }

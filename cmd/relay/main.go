@@ -21,6 +21,7 @@ import (
 	"runtime/debug"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/alecthomas/kong"
 )
@@ -39,11 +40,20 @@ func main() {
 	go func() {
 		<-signals
 		cancel()
-		<-signals
-		os.Exit(1)
+		// timeout(1) and some supervisors send the first one twice: to the process
+		// and to its group.
+		for first := time.Now(); ; {
+			<-signals
+			if time.Since(first) > oneSignal {
+				os.Exit(1)
+			}
+		}
 	}()
 	os.Exit(run(ctx, os.Args[1:], os.Environ(), os.Stdout, os.Stderr))
 }
+
+// oneSignal is how long the first signal may take to arrive in full.
+const oneSignal = 100 * time.Millisecond
 
 func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) int {
 	exit := -1
