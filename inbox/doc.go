@@ -69,4 +69,11 @@
 // Handler runs: hand the message's ID over as the idempotency key. Messages
 // without an ID are told apart by their contents; two that are the same, to the
 // byte, are parked once. The database must be encoded in UTF-8.
+//
+// # Grants
+//
+// For Record and Handle a role needs USAGE on the schema and INSERT on inbox. A
+// Consumer's needs SELECT, INSERT, UPDATE and DELETE on inbox_parked and SELECT on
+// txbox_version besides, that of Prune SELECT and DELETE on inbox and SELECT on
+// inbox_parked.
 package inbox

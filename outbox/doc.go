@@ -43,4 +43,9 @@
 //
 //	INSERT INTO txbox.outbox_parked (reason, due_at, message_id, exchange, routing_key, payload)
 //	VALUES ('scheduled', now() + interval '1 hour', gen_random_uuid(), 'orders', 'order.overdue', '\x7b7d');
+//
+// # Grants
+//
+// A role that writes needs USAGE on the schema and on the sequence outbox_id_seq,
+// and INSERT on outbox; for scheduled messages INSERT on outbox_parked.
 package outbox

@@ -438,3 +438,18 @@ func TestWriteWithoutTablesSaysWhatToDo(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestWritersNeedNoMoreThanTheirGrants(t *testing.T) {
+	t.Parallel()
+	owner := testenv.Schema(t)
+	db := owner.As(t, map[string]string{"outbox": "INSERT", "outbox_parked": "INSERT", "outbox_id_seq": "USAGE"})
+	for _, way := range ways {
+		for _, notBefore := range []time.Time{{}, time.Now().Add(time.Hour)} {
+			err := way.write(t, db, outbox.Writer{Schema: db.Schema}, true,
+				outbox.Message{RoutingKey: "q", NotBefore: notBefore, Headers: map[string]string{"a": "b"}})
+			if err != nil {
+				t.Errorf("%s: %s", way.name, err)
+			}
+		}
+	}
+}

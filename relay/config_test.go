@@ -1,14 +1,12 @@
 package relay_test
 
 import (
-	"crypto/rand"
 	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/txbox/txbox/internal/testenv"
@@ -70,33 +68,13 @@ func TestSecondRunIsRefused(t *testing.T) {
 func TestRelayNeedsNoMoreThanItsGrants(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	ctx := testenv.Context(t)
-	role, password := testenv.Name(t), rand.Text()
-	schema := pgx.Identifier{b.db.Schema}.Sanitize()
-	for _, statement := range []string{
-		fmt.Sprintf("CREATE ROLE %s LOGIN PASSWORD '%s'", role, password),
-		fmt.Sprintf("GRANT USAGE ON SCHEMA %s TO %s", schema, role),
-		fmt.Sprintf("GRANT SELECT, DELETE ON %s TO %s", b.db.Table("outbox"), role),
-		fmt.Sprintf("GRANT SELECT, INSERT, UPDATE, DELETE ON %s, %s TO %s", b.db.Table("outbox_parked"), b.db.Table("outbox_relay"), role),
-		fmt.Sprintf("GRANT SELECT, UPDATE ON %s TO %s", b.db.Table("outbox_lane"), role),
-		fmt.Sprintf("GRANT SELECT ON %s TO %s", b.db.Table("txbox_version"), role),
-	} {
-		_, err := b.db.Exec(ctx, statement)
-		b.must(err)
-	}
-	t.Cleanup(func() {
-		_, err := b.db.Exec(testenv.Context(t), fmt.Sprintf("DROP OWNED BY %s; DROP ROLE %s", role, role))
-		b.must(err)
+	owner := b.db
+	b.db = owner.As(t, map[string]string{
+		"outbox": "SELECT, DELETE", "outbox_lane": "SELECT, UPDATE", "txbox_version": "SELECT",
+		"outbox_parked": "SELECT, INSERT, UPDATE, DELETE", "outbox_relay": "SELECT, INSERT, UPDATE, DELETE",
 	})
-	config, err := pgxpool.ParseConfig(b.db.URL)
-	b.must(err)
-	config.ConnConfig.User, config.ConnConfig.Password = role, password
-	owner := b.db.Pool
-	b.db.Pool, err = pgxpool.NewWithConfig(ctx, config)
-	b.must(err)
-	defer b.db.Pool.Close()
 	_, stop := b.start(brisk)
-	b.db.Pool = owner
+	b.db = owner
 
 	messages := b.messages(10, noKey)
 	lost := messages[9]
@@ -106,7 +84,7 @@ func TestRelayNeedsNoMoreThanItsGrants(t *testing.T) {
 	b.eventuallyCount("outbox_parked", 1)
 	got := b.drain(b.queue, 9)
 	b.checkAll(got, messages[:9], 0)
-	_, err = b.ch.QueueDeclare(messages[9].RoutingKey, true, false, false, false, nil)
+	_, err := b.ch.QueueDeclare(messages[9].RoutingKey, true, false, false, false, nil)
 	b.must(err)
 	b.eventuallyCount("outbox_parked", 0)
 	if got := b.drain(messages[9].RoutingKey, 1); got[0].MessageId != lost.ID.String() {

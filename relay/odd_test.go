@@ -9,6 +9,7 @@ import (
 
 	"github.com/txbox/txbox/internal/testenv"
 	"github.com/txbox/txbox/outbox"
+	"github.com/txbox/txbox/relay"
 )
 
 // Settings that a role or a database can have change nothing.
@@ -84,4 +85,26 @@ func TestTimesThatCannotTravelAreRefusedByTheTable(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What the README tells an operator to do with a dead message.
+func TestADeadMessageIsSentAgainByHand(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	messages := b.messages(1, func(int) string { return "key" })
+	messages[0].Exchange, messages[0].RoutingKey = "", testenv.Name(t)
+	b.write(messages...)
+	b.start(brisk, func(cfg *relay.Config, _ *relay.RabbitMQConfig) { cfg.RetryFor = time.Millisecond })
+	testenv.Eventually(t, 30*time.Second, "it is dead", func() bool {
+		var dead int
+		b.must(b.db.QueryRow(testenv.Context(t), "SELECT count(*) FROM "+b.db.Table("outbox_parked")+" WHERE reason = 'dead'").Scan(&dead))
+		return dead == 1
+	})
+	_, err := b.ch.QueueDeclare(messages[0].RoutingKey, true, false, false, false, nil)
+	b.must(err)
+	defer b.ch.QueueDelete(messages[0].RoutingKey, false, false, false)
+	_, err = b.db.Exec(testenv.Context(t), "UPDATE "+b.db.Table("outbox_parked")+" SET reason = 'retry', due_at = now(), parked_at = now()")
+	b.must(err)
+	b.eventuallyCount("outbox_parked", 0)
+	b.checkAll(b.drain(messages[0].RoutingKey, 1), messages, 0)
 }
