@@ -131,7 +131,10 @@ func (d *demo) collect(ctx context.Context, declined []Order) (*result, error) {
 		r.wire, err = drain(ctx, ch)
 		return err
 	})
-	return r, err
+	if err != nil {
+		return nil, err
+	}
+	return r, nil
 }
 
 func charges(ctx context.Context, db *pgxpool.Pool) (map[uuid.UUID][]int64, error) {
