@@ -168,7 +168,8 @@ func TestMessageThatCannotBePublishedIsDeadAndHarmsNobody(t *testing.T) {
 	broker := serverstest.RabbitMQ(t)
 	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
 	// A broker that takes less than the producer was told: the channel closes.
-	_, err := broker.Ctl(testenv.Context(t), "eval", "application:set_env(rabbit, max_message_size, 100000).")
+	_, err := broker.Ctl(testenv.Context(t), "eval", "application:set_env(rabbit, max_message_size, 100000), "+
+		"persistent_term:put(max_message_size, 100000).") // RabbitMQ 3.x, 4.x
 	b.must(err)
 	msgs := b.messages(2000, noKey)
 	b.write(msgs...)
