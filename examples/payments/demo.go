@@ -106,7 +106,8 @@ func (d *demo) placeUnderFaults(ctx context.Context, services *services) ([]Orde
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return shop.place(ctx) })
 	group.Go(func() error { return d.inject(ctx, services) })
-	return shop.declined, group.Wait()
+	err := group.Wait()
+	return shop.declined, err
 }
 
 // prepare gives each service a new database, and txbox's tables to those that use it.
