@@ -28,6 +28,7 @@ demo: ## orders become payments while the relay is killed; no card is charged tw
 
 .PHONY: test
 test: up ## run all tests, with the race detector, on the servers of "up"
+	@go run ./internal/servers/dev compiler
 	$(env) go test -race -timeout 15m ./...
 
 .PHONY: lint

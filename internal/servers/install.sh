@@ -26,7 +26,7 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
 apt-get install -q -y --no-install-recommends -o DPkg::Lock::Timeout=300 $wanted
 for service in $wanted; do
-	update-rc.d "$service" disable
+	[ ! -e "/etc/init.d/$service" ] || update-rc.d "$service" disable
 done
 if [ -n "$epmd" ] && command -v epmd >/dev/null && command -v systemctl >/dev/null; then
 	systemctl disable $epmd

@@ -107,10 +107,25 @@ func (e *environment) provide(ctx context.Context) error {
 	for _, b := range missing {
 		packages = append(packages, b.pkg)
 	}
+	if err := install(ctx, packages...); err != nil {
+		return fmt.Errorf("%w\n(or set %s to a server that you have)", err, missing[0].variable)
+	}
+	return nil
+}
+
+// compiler installs a C compiler if there is none: the race detector needs one.
+func compiler(ctx context.Context, _ *environment) error {
+	if _, err := exec.LookPath("gcc"); err == nil {
+		return nil
+	}
+	return install(ctx, "gcc", "libc6-dev")
+}
+
+func install(ctx context.Context, packages ...string) error {
 	fmt.Printf("installing %s (apt-get)\n", strings.Join(packages, ", "))
 	began := time.Now()
 	if err := servers.Install(ctx, packages...); err != nil {
-		return fmt.Errorf("%w\n(or set %s to a server that you have)", err, missing[0].variable)
+		return err
 	}
 	fmt.Printf("installed in %s\n", since(began))
 	return nil

@@ -23,7 +23,7 @@ func main() {
 		usage()
 	}
 	do := map[string]func(context.Context, *environment) error{
-		"up": up, "down": down, "status": status,
+		"up": up, "down": down, "status": status, "compiler": compiler,
 		"restart-broker": restartBroker, "close-connections": closeConnections,
 	}[os.Args[1]]
 	if do == nil {
@@ -36,7 +36,7 @@ func main() {
 }
 
 func usage() {
-	fmt.Fprintln(os.Stderr, "usage: dev up|down|status|restart-broker|close-connections")
+	fmt.Fprintln(os.Stderr, "usage: dev up|down|status|compiler|restart-broker|close-connections")
 	os.Exit(2)
 }
 
