@@ -72,6 +72,7 @@ func TestRelayNeedsNoMoreThanItsGrants(t *testing.T) {
 	b.db = owner.As(t, map[string]string{
 		"outbox": "SELECT, DELETE", "outbox_lane": "SELECT, UPDATE", "txbox_version": "SELECT",
 		"outbox_parked": "SELECT, INSERT, UPDATE, DELETE", "outbox_relay": "SELECT, INSERT, UPDATE, DELETE",
+		"outbox_id_seq": "SELECT",
 	})
 	_, stop := b.start(brisk)
 	b.db = owner

@@ -48,6 +48,15 @@
 // follow are not held back yet. The hand has a bound in
 // messages and in bytes; the reader waits while it is full.
 //
+// # The floor
+//
+// Ids are drawn in order and commit in any order. The relay reads above a floor
+// and looks again into the gaps below it, those ids of which a transaction that
+// still runs may yet commit, all in one snapshot: what commits late is found at
+// the next look, and before what was written after it. So the relay passes neither
+// over the rows that it has deleted, however long somebody's snapshot keeps them,
+// nor waits for anybody's transaction.
+//
 // # A lane
 //
 // Each message belongs to one of 64 lanes, by its key or else its ID. A relay owns
@@ -66,7 +75,8 @@
 //
 // At most 3 connections, which may go through a pgbouncer in transaction mode,
 // and for the role SELECT and DELETE on outbox, all on outbox_parked and
-// outbox_relay, SELECT and UPDATE on outbox_lane, SELECT on txbox_version.
+// outbox_relay, SELECT and UPDATE on outbox_lane, SELECT on txbox_version and on the
+// sequence outbox_id_seq.
 //
 // A message is published only when its transaction is on the server's disk, also
 // if its producer commits with synchronous_commit=off: what a crash of PostgreSQL

@@ -3,13 +3,18 @@ package relay
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // reader brings messages from the tables into the hand.
+//
+// Every id up to the floor has been found by a read, or is in a gap. Each read
+// looks in one snapshot at all that is above the floor or in a gap and may be
+// there by now. So a message is never read before another of its key that was
+// committed before it was written.
 type reader struct {
 	db     *pgxpool.Pool
 	sql    statements
@@ -20,13 +25,14 @@ type reader struct {
 	health *condition
 
 	epochs [lanes]int64 // of the lanes that are read
-	cursor int64        // the newest id that was read
-	passAt time.Time    // when the last pass from the first id began
-	dueAt  time.Time    // when parked messages were last looked at
+	floor  int64
+	gaps   gaps
+	scan   scan
+	dueAt  time.Time // when parked messages were last looked at
+	loaded bool      // the last read found something
 }
 
 const (
-	passEvery   = 500 * time.Millisecond // ids commit out of order: look again from the start
 	dueEvery    = 500 * time.Millisecond
 	duePerLane  = 50
 	readTimeout = 10 * time.Second
@@ -74,76 +80,117 @@ func (r *reader) run(ctx context.Context) {
 	}
 }
 
-// once reads one page after the cursor, and now and then from the start and
-// what is due. It returns how many messages were new.
+// once does one round of reading and returns how many messages were new. After an
+// error nothing is known any more of what was there: another server may answer
+// from now on, which issues ids again that were seen.
 func (r *reader) once(ctx context.Context) (added int, err error) {
 	defer r.hand.readEnded()
 	ids := r.lanes()
 	if len(ids) == 0 || r.hand.full() {
 		return 0, nil
 	}
-	now := time.Now()
-	if now.Sub(r.passAt) >= passEvery {
-		r.passAt, r.cursor = now, 0
+	if added, err = r.readAll(ctx, ids); err != nil {
+		r.floor, r.gaps, r.scan = 0, gaps{}, scan{}
 	}
-	page, last, err := r.read(ctx, r.sql.page, r.cursor, pageRows, pageBytes, ids)
+	r.loaded = added > 0
+	return added, err
+}
+
+func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error) {
+	if !r.scan.urgent {
+		if added, err = r.readNew(ctx, ids); err != nil {
+			return added, fmt.Errorf("read outbox: %w", err)
+		}
+	}
+	n, err := r.readOld(ctx, ids)
+	added += n
 	if err != nil {
-		return 0, fmt.Errorf("read outbox: %w", err)
+		return added, fmt.Errorf("read outbox again: %w", err)
 	}
-	r.cursor = max(r.cursor, last)
-	added = r.hand.admit(page)
-	if now.Sub(r.dueAt) >= dueEvery {
-		due, _, err := r.read(ctx, r.sql.due, duePerLane, pageBytes, ids, r.hand.parkedIDs())
-		if err != nil {
-			return added, fmt.Errorf("read outbox_parked: %w", err)
-		}
-		for _, m := range due {
-			m.parked = true
-		}
-		if len(due) == 0 {
-			r.dueAt = now
-		}
-		added += r.hand.admit(due)
-	}
-	if last > 0 && added == 0 {
-		added = 1 // nothing new on this page, but there may be more behind it
+	n, err = r.readDue(ctx, ids)
+	added += n
+	if err != nil {
+		return added, fmt.Errorf("read outbox_parked: %w", err)
 	}
 	return added, nil
 }
 
-// read returns a page whose rows are on disk, of lanes that are still ours under
-// the same epoch, and the highest id that was looked at. Rows are visible before
-// they are durable if their producer uses synchronous_commit=off: a server that
-// crashes then has never heard of them.
-func (r *reader) read(ctx context.Context, sql string, args ...any) ([]*message, int64, error) {
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
-	rows, err := r.db.Query(ctx, sql, args...)
+// readNew reads what is above the floor or in a gap.
+func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error) {
+	spans := append(r.gaps.fresh(), span{r.floor + 1, math.MaxInt64})
+	p, err := r.readSpans(ctx, spans, ids)
 	if err != nil {
-		return nil, 0, err
+		return 0, err
 	}
-	page, err := collect(rows)
-	if err != nil {
-		return nil, 0, err
-	}
-	if !page.durable && len(page.messages) > 0 {
-		if page, err = r.readDurably(ctx, sql, args...); err != nil {
-			return nil, 0, err
+	if late := r.gaps.ended(p.running); len(late) > 0 {
+		// What was committed into these gaps comes before this page.
+		again, err := r.readSpans(ctx, append(late, r.gaps.fresh()...), ids)
+		if err != nil {
+			return 0, err
 		}
-	}
-	now := r.leases.owned()
-	mine := page.messages[:0]
-	for _, m := range page.messages {
-		if m.epoch = r.epochs[m.lane]; m.epoch == now[m.lane] {
-			mine = append(mine, m)
+		added = r.hand.admit(again.messages)
+		r.gaps.fill(again.ids)
+		if again.cut {
+			return max(added, 1), nil // the rest of them first
 		}
+		r.gaps.looked(again.running, time.Now())
+	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor {
+		r.gaps.looked(p.running, time.Now())
 	}
-	return mine, page.last, nil
+	added += r.hand.admit(p.messages)
+	r.gaps.fill(p.ids)
+	r.raise(p)
+	if p.cut {
+		added = max(added, 1)
+	}
+	return added, nil
 }
 
-// lanes returns the lanes to read. A lane that is newly ours is read from its
-// first message, lest a later one of a key overtake it, and not before all that
-// was read of it under a former epoch has left the hand.
+// raise moves the floor to the last id that a read has found; if there was none
+// above it, to the last that was drawn, lest each read pass over the same dead
+// rows.
+func (r *reader) raise(p page) {
+	above := p.ids[:0]
+	for _, id := range p.ids {
+		if id > r.floor {
+			above = append(above, id)
+		}
+	}
+	to := p.drawn
+	if len(above) > 0 {
+		to = above[len(above)-1]
+	} else if p.cut {
+		return
+	}
+	if to > r.floor {
+		r.gaps.add(between(span{r.floor + 1, to}, above), time.Now())
+		r.floor = to
+	}
+}
+
+// readDue reads parked messages whose time has come.
+func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error) {
+	now := time.Now()
+	if now.Sub(r.dueAt) < dueEvery {
+		return 0, nil
+	}
+	due, err := r.read(ctx, r.sql.due, pageBytes, duePerLane, ids, r.hand.parkedIDs())
+	if err != nil {
+		return 0, err
+	}
+	for _, m := range due.messages {
+		m.parked = true
+	}
+	if len(due.messages) == 0 {
+		r.dueAt = now
+	}
+	return r.hand.admit(due.messages), nil
+}
+
+// lanes returns the lanes to read. Of a lane that is newly ours everything below
+// the floor is read before anything else, lest a later message of a key overtake
+// it, and not before all that was read of it under a former epoch has left the
+// hand.
 func (r *reader) lanes() []int16 {
 	ids := []int16{}
 	for lane, epoch := range r.leases.owned() {
@@ -151,7 +198,7 @@ func (r *reader) lanes() []int16 {
 			if !r.hand.empty(lane) {
 				epoch = 0
 			} else {
-				r.passAt = time.Time{}
+				r.scan = scan{urgent: r.floor > 0}
 			}
 		}
 		if r.epochs[lane] = epoch; epoch != 0 {
@@ -161,81 +208,53 @@ func (r *reader) lanes() []int16 {
 	return ids
 }
 
-// readDurably reads a page in a transaction and ends it when the log is on disk up
-// to a position after every commit that the page can show. The transaction ties
-// page and position to one server process: if that crashes, the page is lost with
-// it. It costs one commit if nobody else's flushes the log in time.
-func (r *reader) readDurably(ctx context.Context, sql string, args ...any) (page, error) {
-	tx, err := r.db.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
-	if err != nil {
-		return page{}, err
-	}
-	defer tx.Rollback(context.WithoutCancel(ctx))
-	rows, err := tx.Query(ctx, sql, args...)
-	if err != nil {
-		return page{}, err
-	}
-	p, err := collect(rows)
-	if err != nil {
-		return page{}, err
-	}
-	flushed := p.durable
-	for limit := time.Now().Add(flushWait); !flushed && time.Now().Before(limit); {
-		if err := pause(ctx, time.Millisecond); err != nil {
-			return page{}, err
-		}
-		if err := tx.QueryRow(ctx, r.sql.flushed, p.position).Scan(&flushed); err != nil {
-			return page{}, err
-		}
-	}
-	if !flushed {
-		batch := &pgx.Batch{}
-		batch.Queue(localCommit)
-		batch.Queue(emitSQL)
-		if err := tx.SendBatch(ctx, batch).Close(); err != nil {
-			return page{}, err
-		}
-	}
-	return p, tx.Commit(ctx)
+// scan is the way from the first id to the floor, gone for lanes that are newly
+// ours, and now and then for what no read should have missed: ids that were not
+// drawn from the sequence in order, or were drawn twice after a fail-over that a
+// pooler has hidden.
+type scan struct {
+	urgent bool // nothing else is read before the end
+	at     int64
+	step   int64     // ids per read
+	next   time.Time // not before
 }
 
-// page is what one read has found.
-type page struct {
-	messages []*message
-	last     int64  // highest id, of any lane
-	durable  bool   // the log was on disk up to position
-	position string // in the log, after every commit that the read could see
-}
+const (
+	scanStep  = 10_000
+	scanEvery = 10 * time.Second
+	scanLoad  = 20 // one part of the time at most
+)
 
-func collect(rows pgx.Rows) (p page, err error) {
-	p.durable = true
-	defer rows.Close()
-	for rows.Next() {
-		m := &message{}
-		var mine bool
-		var durable bool
-		// Columns of foreign lanes are not decoded.
-		if err := rows.Scan(&m.id, &m.lane, (*[16]byte)(&m.messageID), &m.key, &m.exchange, &m.routingKey, &m.typ, &m.contentType,
-			&m.headers, &m.payload, &m.createdAt, &m.attempts, &mine, &durable, &p.position); err != nil {
-			return p, err
+// readOld takes one step of the scan.
+func (r *reader) readOld(ctx context.Context, ids []int16) (added int, err error) {
+	began := time.Now()
+	if !r.scan.urgent && began.Before(r.scan.next) {
+		return 0, nil
+	}
+	r.scan.step = max(r.scan.step, scanStep)
+	to := min(r.scan.at+r.scan.step, r.floor)
+	if r.scan.at < to {
+		p, err := r.readSpans(ctx, []span{{r.scan.at + 1, to}}, ids)
+		if err != nil {
+			return 0, err
 		}
-		p.last = max(p.last, m.id)
-		p.durable = p.durable && durable
-		if mine {
-			p.messages = append(p.messages, m)
+		added = r.hand.admit(p.messages)
+		if p.cut {
+			to = p.ids[len(p.ids)-1]
 		}
 	}
-	return p, rows.Err()
-}
-
-// pause waits, or returns why ctx ended.
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	took := time.Since(began)
+	r.scan.at, r.scan.next = to, began.Add(scanLoad*took)
+	switch {
+	case took < 2*time.Millisecond && r.scan.step < math.MaxInt64/4:
+		r.scan.step *= 2
+	case took > 10*time.Millisecond:
+		r.scan.step /= 2
 	}
+	if r.scan.at >= r.floor {
+		r.scan = scan{step: r.scan.step, next: time.Now().Add(scanEvery)}
+	} else if r.scan.urgent {
+		added = max(added, 1)
+	}
+	return added, nil
 }

@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -80,7 +79,7 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 	for i, m := range confirmed {
 		ids[i], messageIDs[i] = m.id, m.messageID
 	}
-	if err := s.exec(ctx, asyncCommit, s.sql.delete, ids, messageIDs); err != nil {
+	if err := s.exec(ctx, s.sql.delete, ids, messageIDs); err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
 	}
 	for _, m := range confirmed {
@@ -101,12 +100,12 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		}
 	}
 	if len(fresh) > 0 {
-		if err := s.exec(ctx, asyncCommit, s.sql.park, s.arrays(fresh)...); err != nil {
+		if err := s.exec(ctx, s.sql.park, s.arrays(fresh)...); err != nil {
 			return fmt.Errorf("park refused messages: %w", err)
 		}
 	}
 	if len(parked) > 0 {
-		if err := s.exec(ctx, asyncCommit, s.sql.repark, append(s.arrays(parked), s.retryFor.Seconds())...); err != nil {
+		if err := s.exec(ctx, s.sql.repark, append(s.arrays(parked), s.retryFor.Seconds())...); err != nil {
 			return fmt.Errorf("park refused messages again: %w", err)
 		}
 	}
@@ -127,12 +126,10 @@ func (s *settler) arrays(refused []verdict) []any {
 	return []any{s.leases.identity(), laneIDs, epochs, ids, messageIDs, reasons, attempts, delays, errs}
 }
 
-// exec runs one statement in a transaction of its own, in one round trip.
-func (s *settler) exec(ctx context.Context, commit, sql string, args ...any) error {
+// exec runs one statement, within settleTimeout.
+func (s *settler) exec(ctx context.Context, sql string, args ...any) error {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	batch := &pgx.Batch{}
-	batch.Queue(commit)
-	batch.Queue(sql, args...)
-	return s.db.SendBatch(ctx, batch).Close()
+	_, err := s.db.Exec(ctx, sql, append([]any{unplanned}, args...)...)
+	return err
 }

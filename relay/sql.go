@@ -16,6 +16,7 @@ type statements struct {
 func newStatements(schema string) statements {
 	replacer := strings.NewReplacer(
 		"{outbox}", pgx.Identifier{schema, "outbox"}.Sanitize(),
+		"{sequence}", pgx.Identifier{schema, "outbox_id_seq"}.Sanitize(),
 		"{parked}", pgx.Identifier{schema, "outbox_parked"}.Sanitize(),
 		"{relay}", pgx.Identifier{schema, "outbox_relay"}.Sanitize(),
 		"{lane}", pgx.Identifier{schema, "outbox_lane"}.Sanitize(),
@@ -27,12 +28,10 @@ func newStatements(schema string) statements {
 	}
 }
 
-// localCommit and asyncCommit set how long the COMMIT of their own transaction
-// waits: for this server's disk, never for standbys, or not at all.
-const (
-	localCommit = `SELECT set_config('synchronous_commit', 'local', true)`
-	asyncCommit = `SELECT set_config('synchronous_commit', 'off', true)`
-)
+// localCommit makes the COMMIT of its own transaction wait for this server's disk,
+// never for standbys. What only says how far the relay has come sets it to off, in
+// the statement itself: a crash then costs duplicates.
+const localCommit = `SELECT set_config('synchronous_commit', 'local', true)`
 
 // leaseSQL renews the relay's row if $4 says so, takes free lanes up to its fair
 // share, and returns all it owns. A lane is free if its owner is null or was not
@@ -71,42 +70,57 @@ const releaseSQL = `WITH freed AS (
 	)
 	DELETE FROM {relay} WHERE id = $1 AND $3`
 
-// pageSQL reads the next $2 ids after $1 by primary key, whatever their lane, up
-// to $3 bytes of payload, and blanks those of lanes other than $4: filtering
-// inside would read on through the rows of others. The positions in the log are
-// read after the statement's snapshot was taken, so that every row of the page
-// was committed before insert_lsn.
-const pageSQL = `SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
-		created_at, 0 AS attempts, mine,
-		(SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()), (SELECT pg_current_wal_insert_lsn())::text
-	FROM (
-		SELECT id, lane, message_id, key, exchange, routing_key, type, content_type, headers, created_at, mine,
+// Pages are read by statements of one form, bounded by $1 bytes of payload, $2
+// rows and the lanes $3. Their first row says, with the other columns NULL: whether
+// the log was on disk up to a position after every commit that the statement can
+// see (it is read after the snapshot was taken), that position, the transactions
+// in progress, and the last id drawn.
+const (
+	headSQL = `
+	SELECT NULL::bigint, NULL::smallint, NULL::uuid, NULL, NULL, NULL, NULL, NULL, NULL::jsonb, NULL::bytea,
+		NULL::timestamptz, NULL::int, NULL::boolean,
+		pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), pg_current_wal_insert_lsn()::text,
+		ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint),
+		(SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence})
+	UNION ALL
+	SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
+		created_at, attempts, mine, NULL, NULL, NULL, NULL
+	FROM page WHERE running - bytes < $1
+	ORDER BY 1 NULLS FIRST`
+	messageColumns = `id, lane, message_id, key, exchange, routing_key, type, content_type, headers`
+)
+
+// pageSQL reads the ids in the spans $4 to $5 by primary key, whatever their lane,
+// and blanks those of lanes other than $3: filtering inside would read on through
+// the rows of others.
+const pageSQL = `WITH page AS (
+		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
 			CASE WHEN mine THEN payload END AS payload, bytes, sum(bytes) OVER (ORDER BY id) AS running
 		FROM (
-			SELECT *, lane = ANY($4) AS mine, CASE WHEN lane = ANY($4) THEN octet_length(payload) ELSE 0 END AS bytes
-			FROM {outbox} WHERE id > $1 ORDER BY id LIMIT $2
+			SELECT o.*, lane = ANY($3) AS mine, CASE WHEN lane = ANY($3) THEN octet_length(payload) ELSE 0 END AS bytes
+			FROM unnest($4::bigint[], $5::bigint[]) AS s (low, high)
+			CROSS JOIN LATERAL (
+				SELECT * FROM {outbox} WHERE id BETWEEN s.low AND s.high ORDER BY id LIMIT $2
+			) AS o
+			ORDER BY id LIMIT $2
 		) AS next
-	) AS page
-	WHERE running - bytes < $3
-	ORDER BY id`
+	)` + headSQL
 
-// dueSQL reads parked messages whose time has come, by index (lane, due_at), at
-// most $1 per lane and $2 bytes. A scheduled message was created, for its
-// consumers, when it was due.
-const dueSQL = `SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
-		CASE WHEN reason = 'scheduled' THEN greatest(created_at, due_at) ELSE created_at END, attempts, true,
-		(SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()), (SELECT pg_current_wal_insert_lsn())::text
-	FROM (
-		SELECT d.*, sum(octet_length(payload)) OVER (ORDER BY id) AS running
-		FROM unnest($3::smallint[]) AS l (lane)
+// dueSQL reads parked messages whose time has come, other than those with the ids
+// $4, by index (lane, due_at); $2 rows are per lane. A scheduled message was
+// created, for its consumers, when it was due. (clock_timestamp is volatile: an index
+// condition with it would be a filter over all that is not due yet.)
+const dueSQL = `WITH page AS (
+		SELECT ` + messageColumns + `, attempts, true AS mine, payload,
+			CASE WHEN reason = 'scheduled' THEN greatest(created_at, due_at) ELSE created_at END AS created_at,
+			octet_length(payload) AS bytes, sum(octet_length(payload)) OVER (ORDER BY id) AS running
+		FROM unnest($3::smallint[]) AS l (lane_wanted)
 		CROSS JOIN LATERAL (
 			SELECT * FROM {parked} AS p
-			WHERE p.lane = l.lane AND p.due_at <= clock_timestamp() AND p.id <> ALL($4)
-			ORDER BY p.due_at LIMIT $1
+			WHERE p.lane = l.lane_wanted AND p.due_at <= statement_timestamp() AND p.id <> ALL($4::bigint[])
+			ORDER BY p.due_at LIMIT $2
 		) AS d
-	) AS page
-	WHERE running - octet_length(payload) < $2
-	ORDER BY id`
+	)` + headSQL
 
 // flushedSQL asks whether the log is on disk up to $1.
 const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
@@ -115,22 +129,31 @@ const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
 // flushes; that of one that only drew a transaction id does not.
 const emitSQL = `SELECT pg_logical_emit_message(true, 'txbox', '')`
 
-// deleteSQL removes confirmed messages wherever they are, by primary key. Ids
-// alone do not do: after a fail-over they can be issued again.
+// deleteSQL removes confirmed messages wherever they are, by primary key, one
+// look-up for each whatever the planner thinks of the table's size. Ids alone do
+// not do: after a fail-over they can be issued again.
 const deleteSQL = `WITH confirmed AS MATERIALIZED (
-		SELECT * FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
+		SELECT c.* FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id),
+			(SELECT set_config('synchronous_commit', 'off', true)) AS setting
 	), parked AS (
-		DELETE FROM {parked} AS p USING confirmed AS c WHERE p.id = c.id AND p.message_id = c.message_id
+		DELETE FROM {parked} WHERE ctid = ANY(ARRAY(
+			SELECT p.ctid FROM confirmed AS c
+			CROSS JOIN LATERAL (SELECT ctid, message_id FROM {parked} WHERE id = c.id LIMIT 1) AS p
+			WHERE p.message_id = c.message_id))
 	)
-	DELETE FROM {outbox} AS o USING confirmed AS c WHERE o.id = c.id AND o.message_id = c.message_id`
+	DELETE FROM {outbox} WHERE ctid = ANY(ARRAY(
+		SELECT o.ctid FROM confirmed AS c
+		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {outbox} WHERE id = c.id LIMIT 1) AS o
+		WHERE o.message_id = c.message_id))`
 
 // refusedRows is what parkSQL and reparkSQL share: the verdicts, one array per
 // column, of those messages whose lane is still ours. The lanes' rows are locked
 // by FOR SHARE: a test by EXISTS alone lets a write through that began before a
 // takeover committed.
 const refusedRows = `lanes AS MATERIALIZED (
-		SELECT lane FROM {lane} WHERE owner = $1 AND (lane, epoch) IN (SELECT * FROM unnest($2::smallint[], $3::bigint[]))
-		ORDER BY lane FOR SHARE
+		SELECT l.lane FROM {lane} AS l, (SELECT set_config('synchronous_commit', 'off', true)) AS setting
+		WHERE l.owner = $1 AND (l.lane, l.epoch) IN (SELECT * FROM unnest($2::smallint[], $3::bigint[]))
+		ORDER BY l.lane FOR SHARE OF l
 	), refused AS MATERIALIZED (
 		SELECT r.* FROM unnest($4::bigint[], $5::uuid[], $2::smallint[], $6::text[], $7::int[], $8::float8[], $9::text[])
 			AS r (id, message_id, lane, reason, attempts, delay, last_error)

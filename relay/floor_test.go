@@ -1,0 +1,199 @@
+package relay_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	amqp "github.com/rabbitmq/amqp091-go"
+
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+)
+
+// open returns a connection that the end of the test closes.
+func (b *bundle) open() *pgx.Conn {
+	b.Helper()
+	conn, err := pgx.Connect(testenv.Context(b.T), b.db.URL)
+	b.must(err)
+	b.Cleanup(func() { conn.Close(context.Background()) })
+	return conn
+}
+
+// begin opens a transaction on a connection of its own.
+func (b *bundle) begin() pgx.Tx {
+	b.Helper()
+	tx, err := b.open().Begin(testenv.Context(b.T))
+	b.must(err)
+	return tx
+}
+
+// writeIn writes messages in a transaction that stays open.
+func (b *bundle) writeIn(tx pgx.Tx, msgs ...outbox.Message) {
+	b.Helper()
+	b.must(b.writer.Write(testenv.Context(b.T), tx, msgs...))
+}
+
+// deliveries consumes the bundle's queue until the test ends.
+func (b *bundle) deliveries() <-chan amqp.Delivery {
+	b.Helper()
+	got, err := b.ch.Consume(b.queue, "", true, false, false, false, nil)
+	b.must(err)
+	return got
+}
+
+func (b *bundle) await(got <-chan amqp.Delivery, want outbox.Message, within time.Duration) {
+	b.Helper()
+	limit := time.After(within)
+	for {
+		select {
+		case d := <-got:
+			if d.MessageId == want.ID.String() {
+				return
+			}
+		case <-limit:
+			b.Fatalf("%s was not delivered within %s", want.ID, within)
+		}
+	}
+}
+
+// Its id is far below what the relay has read when it commits, and another writer
+// stays open all the time.
+func TestLateCommitGoesOutWhileOtherWritersStayOpen(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	got := b.deliveries()
+
+	other := b.begin()
+	b.writeIn(other, b.messages(1, noKey)...)
+	for round := range 3 { // soon after it was written, and later
+		late := b.begin()
+		message := b.messages(1, noKey)[0]
+		b.writeIn(late, message)
+		for range round + 1 {
+			b.write(b.messages(100, noKey)...)
+			b.must(pauseFor(t, time.Duration(round)*time.Second))
+		}
+		b.eventuallyCount("outbox", 0)
+		b.must(late.Commit(testenv.Context(t)))
+		b.await(got, message, 5*time.Second)
+	}
+}
+
+// Each time a transaction writes the first message of a key and commits late, when
+// the relay has long read what was written after it. The second message of the key
+// follows at once: it must not be read alone.
+func TestOrderIsKeptWhenAKeyCommitsLate(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+
+	conn := b.open()
+	const rounds = 100
+	var want []outbox.Message
+	for i := range rounds {
+		key := func(int) string { return fmt.Sprint("late-", i) }
+		late, err := conn.Begin(testenv.Context(t))
+		pair, others := b.messages(2, key), b.messages(3, noKey)
+		b.must(err)
+		b.writeIn(late, pair[0])
+		b.write(others...)
+		b.eventuallyCount("outbox", 0)
+		b.must(late.Commit(testenv.Context(t)))
+		b.write(pair[1])
+		want = append(append(want, others...), pair...)
+	}
+	got := b.drain(b.queue, len(want))
+	b.checkAll(got, want, 0)
+	b.checkOrder(got, want)
+}
+
+// Rolled back ids are gaps for ever. They are forgotten, so that what comes later
+// does not pay for them.
+func TestRolledBackIdsDelayNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	for range 50 {
+		tx := b.begin()
+		b.writeIn(tx, b.messages(20, noKey)...)
+		b.must(tx.Rollback(testenv.Context(t)))
+		b.write(b.messages(1, noKey)...)
+	}
+	b.eventuallyCount("outbox", 0)
+	b.drain(b.queue, 50)
+}
+
+// A lane that moves is read from its first message, also if the relay that takes
+// it has read others far beyond.
+func TestLaneThatMovesIsReadFromItsFirstMessage(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	ctx := testenv.Context(t)
+	// Somebody who does nothing holds half of the lanes.
+	_, err := b.db.Exec(ctx, `INSERT INTO `+b.db.Table("outbox_relay")+` VALUES (gen_random_uuid(), 'idle', now() + interval '1 hour')`)
+	b.must(err)
+	_, err = b.db.Exec(ctx, `UPDATE `+b.db.Table("outbox_lane")+` SET epoch = 1, owner = (SELECT id FROM `+b.db.Table("outbox_relay")+`) WHERE lane < 32`)
+	b.must(err)
+	_, stop := b.start()
+	defer stop()
+
+	messages := b.messages(3000, func(i int) string { return fmt.Sprint(i % 500) })
+	for part := range 3 {
+		b.write(messages[part*1000 : (part+1)*1000]...)
+		testenv.Eventually(t, 20*time.Second, "its lanes empty", func() bool {
+			var n int
+			b.must(b.db.QueryRow(ctx, `SELECT count(*) FROM `+b.db.Table("outbox")+` WHERE lane >= 32`).Scan(&n))
+			return n == 0
+		})
+	}
+	if b.count("outbox") == 0 {
+		t.Fatal("nothing waits in the other lanes")
+	}
+	_, err = b.db.Exec(ctx, `UPDATE `+b.db.Table("outbox_lane")+` SET owner = NULL WHERE lane < 32`)
+	b.must(err)
+	_, err = b.db.Exec(ctx, `DELETE FROM `+b.db.Table("outbox_relay")+` WHERE name = 'idle'`)
+	b.must(err)
+	got := b.drain(b.queue, len(messages))
+	b.checkAll(got, messages, 0)
+	b.checkOrder(got, messages)
+}
+
+// An id that was drawn long before it is used is below the floor and in no gap.
+func TestIdsThatWereDrawnInAdvanceAreFound(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	got := b.deliveries()
+	ctx := testenv.Context(t)
+	var id int64
+	b.must(b.db.QueryRow(ctx, `SELECT nextval('`+b.db.Table("outbox_id_seq")+`')`).Scan(&id))
+	for range 4 {
+		b.write(b.messages(10, noKey)...)
+		b.must(pauseFor(t, time.Second))
+	}
+	b.eventuallyCount("outbox", 0)
+	message := b.messages(1, noKey)[0]
+	_, err := b.db.Exec(ctx, `INSERT INTO `+b.db.Table("outbox")+` (id, message_id, exchange, routing_key) VALUES ($1, $2, $3, $4)`,
+		id, message.ID, message.Exchange, message.RoutingKey)
+	b.must(err)
+	b.await(got, message, 15*time.Second)
+}
+
+// pauseFor lets time pass that the relay is to see passing.
+func pauseFor(t *testing.T, d time.Duration) error {
+	ctx, cancel := context.WithTimeout(testenv.Context(t), d)
+	defer cancel()
+	<-ctx.Done()
+	if ctx.Err() == context.DeadlineExceeded {
+		return nil
+	}
+	return ctx.Err()
+}
