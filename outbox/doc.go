@@ -23,7 +23,7 @@
 // if their writers are serialised: lock or update the aggregate that the Key
 // names before writing the message. Two transactions that write one Key side by
 // side have no order to keep. A message that the broker refuses is parked and tried
-// again; those that follow overtake it.
+// again; those of its Key that follow wait behind it.
 //
 // # Retrying a transaction
 //

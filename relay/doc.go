@@ -28,6 +28,7 @@
 //	    is known, nothing is spent         v
 //	                                     dead: a human looks
 //
+// Whatever the head of a key waits for, its followers wait behind it as blocked.
 // Messages with NotBefore begin in outbox_parked, as scheduled. Only what the
 // broker refused spends an attempt; an outage never does. The next attempt comes
 // after a random pause of up to a minute, so an exchange or a queue that is put
@@ -44,9 +45,21 @@
 //	                                                   `----------+--> settling --> gone --> forgotten
 //
 // At most one message of a key is ready or in flight, so that whatever is
-// published again is so in order. While a message is parked, those of its key that
-// follow are not held back yet. The hand has a bound in
-// messages and in bytes; the reader waits while it is full.
+// published again is so in order. The hand has a bound in messages and in bytes;
+// the reader waits while it is full.
+//
+// # A blocked key
+//
+// While a message is parked, those of its key that follow are parked behind it, as
+// blocked. Only the first of them, the head, is published:
+//
+//	head: retry ---- due, published --> deleted; the next is the head
+//	head: blocked -- published at once --> deleted; the next is the head
+//	head: dead ----- waits for a human, who deletes it, or makes it retry
+//	no head -------- the key is open: its messages are published from outbox
+//
+// Other keys are not delayed. A relay that takes a lane knows its blocked keys
+// before it publishes anything of it.
 //
 // # The floor
 //

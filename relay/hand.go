@@ -31,7 +31,7 @@ type message struct {
 // verdict is what became of a message that the broker did not accept.
 type verdict struct {
 	*message
-	reason    string // retry or dead
+	reason    string // retry, dead or blocked
 	spend     int    // attempts spent by it
 	delay     time.Duration
 	lastError string
@@ -44,10 +44,10 @@ type verdict struct {
 type hand struct {
 	mu        sync.Mutex
 	byID      map[int64]*message
-	waiting   map[string][]*message // by key, behind the one message of the key in ready or in flight
-	bytes     int                   // of payloads
-	held      [lanes]int            // messages not settled
-	busy      [lanes]int            // of those, messages taken
+	lines     map[string]*line // by key, of those with messages in the hand or in outbox_parked
+	bytes     int              // of payloads
+	held      [lanes]int       // messages not settled
+	busy      [lanes]int       // of those, messages taken
 	confirmed []*message
 	refused   []verdict
 	gone      []int64 // settled since the last read ended
@@ -56,6 +56,19 @@ type hand struct {
 	probes chan *message // to be published one at a time, on a channel of their own
 	settle chan struct{} // there is something to settle
 	space  chan struct{} // something was settled
+}
+
+// line is what the hand knows of a key. Of an open one, one message at a time is
+// published and the others wait. A blocked one has a message in outbox_parked, its
+// head, or on the way there: what follows is parked behind it, and only the head
+// is published.
+type line struct {
+	lane    int16
+	waiting []*message
+	busy    bool // one is ready or in flight
+	held    int  // messages in the hand, not settled
+	blocked bool
+	changed bool // it may have a new head, or none
 }
 
 const (
@@ -67,8 +80,8 @@ const (
 
 func newHand() *hand {
 	return &hand{
-		byID:    make(map[int64]*message),
-		waiting: make(map[string][]*message),
+		byID:  make(map[int64]*message),
+		lines: make(map[string]*line),
 		// Each message is in one of them at most once: sending never blocks.
 		ready:  make(chan *message, handRows+pageRows+lanes*pageRows),
 		probes: make(chan *message, handRows+pageRows+lanes*pageRows),
@@ -98,14 +111,38 @@ func (h *hand) admit(page []*message) (added int) {
 		added++
 		if m.key == "" {
 			h.ready <- m
-		} else if queue, busy := h.waiting[m.key]; busy {
-			h.waiting[m.key] = append(queue, m)
-		} else {
-			h.waiting[m.key] = nil
+			continue
+		}
+		l := h.line(m.key, m.lane)
+		l.held++
+		l.blocked = l.blocked || m.parked
+		switch {
+		case l.blocked && !m.parked:
+			h.block(m)
+		case l.busy:
+			l.waiting = append(l.waiting, m)
+		default:
+			l.busy = true
 			h.ready <- m
 		}
 	}
 	return added
+}
+
+func (h *hand) line(key string, lane int16) *line {
+	l := h.lines[key]
+	if l == nil {
+		l = &line{lane: lane}
+		h.lines[key] = l
+	}
+	return l
+}
+
+// block parks a message behind the head of its key.
+func (h *hand) block(m *message) {
+	h.busy[m.lane]++
+	h.refused = append(h.refused, verdict{message: m, reason: "blocked"})
+	notify(h.settle)
 }
 
 // readEnded forgets the messages that were settled before the next read begins:
@@ -130,10 +167,26 @@ func (h *hand) take(m *message) {
 func (h *hand) drop(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.forget(m)
+	h.next(m)
+}
+
+func (h *hand) forget(m *message) {
 	delete(h.byID, m.id)
+	h.left(m)
+}
+
+// left counts a message that has been settled, or forgotten.
+func (h *hand) left(m *message) {
 	h.held[m.lane]--
 	h.bytes -= len(m.payload)
-	h.next(m)
+	if l := h.lines[m.key]; l != nil {
+		if l.held--; l.held == 0 {
+			if l.changed = l.blocked; !l.blocked {
+				delete(h.lines, m.key)
+			}
+		}
+	}
 	notify(h.space)
 }
 
@@ -147,12 +200,22 @@ func (h *hand) confirm(m *message) {
 	notify(h.settle)
 }
 
-// refuse records that the broker will not have a message now.
+// refuse records that the broker will not have a message now. It blocks its key.
 func (h *hand) refuse(v verdict) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.refused = append(h.refused, v)
-	h.next(v.message)
+	if l := h.lines[v.key]; l != nil {
+		l.blocked, l.busy = true, false
+		for _, m := range l.waiting {
+			if m.parked {
+				h.forget(m) // it is behind the head already
+			} else {
+				h.block(m)
+			}
+		}
+		l.waiting = nil
+	}
 	notify(h.settle)
 }
 
@@ -170,14 +233,13 @@ func (h *hand) retry(m *message) {
 
 // next lets the message behind m follow.
 func (h *hand) next(m *message) {
-	if m.key == "" {
+	l := h.lines[m.key]
+	if l == nil {
 		return
 	}
-	if queue := h.waiting[m.key]; len(queue) > 0 {
-		h.waiting[m.key] = queue[1:]
-		h.ready <- queue[0]
-	} else {
-		delete(h.waiting, m.key)
+	if l.busy = len(l.waiting) > 0; l.busy {
+		h.ready <- l.waiting[0]
+		l.waiting = l.waiting[1:]
 	}
 }
 
@@ -196,12 +258,10 @@ func (h *hand) toSettle(max int) (confirmed []*message, refused []verdict) {
 func (h *hand) settled(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.held[m.lane]--
 	h.busy[m.lane]--
-	h.bytes -= len(m.payload)
+	h.left(m)
 	m.payload = nil
 	h.gone = append(h.gone, m.id)
-	notify(h.space)
 }
 
 // idle says that nothing of a lane is under way.

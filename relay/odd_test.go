@@ -39,7 +39,7 @@ func TestSettingsOfTheSessionDoNotMatter(t *testing.T) {
 			defer func() { b.db.Pool.Close(); b.db.Pool = usual }()
 			messages := b.messages(200, func(i int) string { return fmt.Sprint(i % 7) })
 			messages[0].Key, messages[0].NotBefore = "", time.Now().Add(200*time.Millisecond)
-			messages[1].Exchange, messages[1].RoutingKey = "", testenv.Name(t)
+			messages[1].Key, messages[1].Exchange, messages[1].RoutingKey = "", "", testenv.Name(t)
 			_, stop := b.start(brisk)
 			b.write(messages...)
 			b.eventuallyCount("outbox", 0)

@@ -9,7 +9,8 @@ import (
 
 // page is what one read has found.
 type page struct {
-	messages []*message // of our lanes
+	messages []*message // to be published
+	rest     []*message // others, without their payload
 	ids      []int64    // of any lane, sorted
 	cut      bool       // there may be more behind the last id
 	durable  bool       // the log was on disk up to position
@@ -29,7 +30,9 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16) (page
 	for i, s := range spans {
 		lows[i], highs[i] = s.low, s.high
 	}
-	return r.read(ctx, r.sql.page, pageBytes, pageRows, ids, lows, highs)
+	p, err := r.read(ctx, r.sql.page, pageBytes, pageRows, ids, lows, highs)
+	p.cut = p.cut || len(p.ids) >= pageRows
+	return p, err
 }
 
 // read returns a page whose rows are on disk, of lanes that are still ours under
@@ -55,7 +58,7 @@ func (r *reader) read(ctx context.Context, sql string, bytes, rows int, ids []in
 			mine = append(mine, m)
 		}
 	}
-	p.messages, p.cut = mine, len(p.ids) >= rows || size >= bytes
+	p.messages, p.cut = mine, size >= bytes
 	return p, nil
 }
 
@@ -123,6 +126,8 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 		p.ids = append(p.ids, m.id)
 		if mine {
 			p.messages = append(p.messages, m)
+		} else {
+			p.rest = append(p.rest, m)
 		}
 	}
 	return p, rows.Err()

@@ -75,6 +75,10 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		lows, highs = append(lows, 1000*i), append(highs, 1000*i+5)
 	}
 
+	var blockedLanes []int16
+	var blockedKeys []string
+	must(nil, db.QueryRow(ctx, `SELECT array_agg(lane), array_agg(key) FROM `+parked+` WHERE key IS NOT NULL`).Scan(&blockedLanes, &blockedKeys))
+
 	for _, c := range []struct {
 		name string
 		rows int // that it wants
@@ -86,6 +90,8 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		{"page at the end", 10, sql.page, []any{pageBytes, pageRows, all, []int64{rows - 9}, []int64{rows}}},
 		{"gaps", 600, sql.page, []any{pageBytes, pageRows, all, lows, highs}},
 		{"due", 100, sql.due, []any{pageBytes, duePerLane, all, []int64{}}},
+		{"blocked keys", 100, sql.blocked, []any{all}},
+		{"heads", 100, sql.heads, []any{pageBytes, 1, all, blockedLanes, blockedKeys}},
 		{"delete", settleRows, sql.delete, []any{ids, messageIDs}},
 		{"park", settleRows, sql.park, verdicts(settleRows, outbox)},
 		{"park again", 100, sql.repark, append(verdicts(100, parked), time.Hour.Seconds())},

@@ -29,7 +29,10 @@ type reader struct {
 	gaps   gaps
 	scan   scan
 	dueAt  time.Time // when parked messages were last looked at
-	loaded bool      // the last read found something
+
+	load     []int16   // lanes the blocked keys of which are not known yet
+	lookedAt time.Time // when all blocked keys were last looked at
+	loaded   bool      // the last read found something
 }
 
 const (
@@ -90,13 +93,16 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 		return 0, nil
 	}
 	if added, err = r.readAll(ctx, ids); err != nil {
-		r.floor, r.gaps, r.scan = 0, gaps{}, scan{}
+		r.floor, r.gaps, r.scan, r.load = 0, gaps{}, scan{}, ids
 	}
 	r.loaded = added > 0
 	return added, err
 }
 
 func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error) {
+	if err := r.loadBlocked(ctx); err != nil {
+		return 0, fmt.Errorf("read blocked keys: %w", err)
+	}
 	if !r.scan.urgent {
 		if added, err = r.readNew(ctx, ids); err != nil {
 			return added, fmt.Errorf("read outbox: %w", err)
@@ -109,6 +115,10 @@ func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error
 	}
 	n, err = r.readDue(ctx, ids)
 	added += n
+	if err == nil {
+		n, err = r.readBlocked(ctx, ids)
+		added += n
+	}
 	if err != nil {
 		return added, fmt.Errorf("read outbox_parked: %w", err)
 	}
@@ -199,6 +209,7 @@ func (r *reader) lanes() []int16 {
 				epoch = 0
 			} else {
 				r.scan = scan{urgent: r.floor > 0}
+				r.load = append(r.load, int16(lane))
 			}
 		}
 		if r.epochs[lane] = epoch; epoch != 0 {

@@ -10,6 +10,7 @@ import (
 type statements struct {
 	lease, release       string
 	page, due, flushed   string
+	blocked, heads       string
 	delete, park, repark string
 }
 
@@ -24,6 +25,7 @@ func newStatements(schema string) statements {
 	return statements{
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
 		page: replacer.Replace(pageSQL), due: replacer.Replace(dueSQL), flushed: flushedSQL,
+		blocked: replacer.Replace(blockedSQL), heads: replacer.Replace(headsSQL),
 		delete: replacer.Replace(deleteSQL), park: replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
 	}
 }
@@ -107,7 +109,7 @@ const pageSQL = `WITH page AS (
 	)` + headSQL
 
 // dueSQL reads parked messages whose time has come, other than those with the ids
-// $4, by index (lane, due_at); $2 rows are per lane. A scheduled message was
+// $4 and with a key only its head, by index (lane, due_at); $2 rows are per lane. A scheduled message was
 // created, for its consumers, when it was due. (clock_timestamp is volatile: an index
 // condition with it would be a filter over all that is not due yet.)
 const dueSQL = `WITH page AS (
@@ -118,7 +120,33 @@ const dueSQL = `WITH page AS (
 		CROSS JOIN LATERAL (
 			SELECT * FROM {parked} AS p
 			WHERE p.lane = l.lane_wanted AND p.due_at <= statement_timestamp() AND p.id <> ALL($4::bigint[])
+				AND NOT EXISTS (SELECT FROM {parked} AS h WHERE h.lane = p.lane AND h.key = p.key AND h.id < p.id)
 			ORDER BY p.due_at LIMIT $2
+		) AS d
+	)` + headSQL
+
+// blockedSQL returns the keys that have a message in outbox_parked, of the lanes
+// $1, going from key to key in the index (lane, key, id).
+const blockedSQL = `WITH RECURSIVE blocked AS (
+		SELECT l.lane, (SELECT min(key) FROM {parked} AS p WHERE p.lane = l.lane) AS key FROM unnest($1::smallint[]) AS l (lane)
+		UNION ALL
+		SELECT b.lane, (SELECT min(key) FROM {parked} AS p WHERE p.lane = b.lane AND p.key > b.key)
+		FROM blocked AS b WHERE b.key IS NOT NULL
+	)
+	SELECT lane, key FROM blocked WHERE key IS NOT NULL`
+
+// headsSQL reads the first parked messages of each of the keys $5 in the lanes $4,
+// by index (lane, key, id); $2 rows are per key. Those that are not to be sent now
+// come without payload.
+const headsSQL = `WITH page AS (
+		SELECT ` + messageColumns + `, attempts, created_at, lane = ANY($3::smallint[]) AND due AS mine,
+			CASE WHEN due THEN payload END AS payload, CASE WHEN due THEN octet_length(payload) ELSE 0 END AS bytes,
+			sum(CASE WHEN due THEN octet_length(payload) ELSE 0 END) OVER (ORDER BY id) AS running
+		FROM unnest($4::smallint[], $5::text[]) AS k (lane_wanted, key_wanted)
+		CROSS JOIN LATERAL (
+			SELECT *, reason = 'blocked' OR reason = 'retry' AND due_at <= statement_timestamp() AS due FROM {parked} AS p
+			WHERE p.lane = k.lane_wanted AND p.key = k.key_wanted
+			ORDER BY p.id LIMIT $2
 		) AS d
 	)` + headSQL
 
@@ -179,7 +207,7 @@ const reparkSQL = `WITH ` + refusedRows + `
 		due_at = CASE v.reason WHEN 'retry' THEN clock_timestamp() + r.delay * interval '1 second' END,
 		attempts = p.attempts + r.attempts,
 		last_error = r.last_error,
-		parked_at = CASE p.reason WHEN 'scheduled' THEN clock_timestamp() ELSE p.parked_at END,
+		parked_at = CASE p.reason WHEN 'retry' THEN p.parked_at ELSE clock_timestamp() END,
 		created_at = CASE p.reason WHEN 'scheduled' THEN greatest(p.created_at, p.due_at) ELSE p.created_at END
 	FROM refused AS r, LATERAL (
 		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > 0 AND q.reason = 'retry'
@@ -187,4 +215,4 @@ const reparkSQL = `WITH ` + refusedRows + `
 			THEN 'dead' ELSE r.reason END AS reason
 		FROM {parked} AS q WHERE q.id = r.id
 	) AS v
-	WHERE p.id = r.id AND p.message_id = r.message_id AND p.reason IN ('scheduled', 'retry')`
+	WHERE p.id = r.id AND p.message_id = r.message_id AND p.reason IN ('scheduled', 'retry', 'blocked')`
