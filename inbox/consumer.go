@@ -41,7 +41,7 @@ type Config struct {
 	// Batch is how many messages may share a transaction; only 1 is supported as
 	// yet, which is the default.
 	Batch int
-	// Timeout is how long a Handler may take; default 30 s.
+	// Timeout is how long a Handler may take; default 30 s, at most 24 h.
 	Timeout time.Duration
 	// StopTimeout is how long Run waits for Handlers after its ctx has ended, before
 	// it ends theirs; default 20 s.
@@ -189,9 +189,15 @@ func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
 		if *duration.value < 0 {
 			problems = append(problems, fieldError(duration.field, "%s is negative", *duration.value))
 		}
+		if *duration.value > maxTimeout {
+			problems = append(problems, fieldError(duration.field, "%s is more than %s", *duration.value, maxTimeout))
+		}
 	}
 	return problems
 }
+
+// maxTimeout, with what is added to it, fits PostgreSQL's 31 bits of milliseconds.
+const maxTimeout = 24 * time.Hour
 
 func fieldError(field, format string, args ...any) error {
 	return fmt.Errorf("%s: %w", field, fmt.Errorf(format, args...))

@@ -3,6 +3,7 @@ package inbox
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"time"
@@ -130,9 +131,15 @@ func (c *Consumer) wakeUp() {
 	}
 }
 
-// lastError is err as text that PostgreSQL takes.
-func lastError(err error) string {
-	text := strings.ReplaceAll(err.Error(), "\x00", "\uFFFD")
+// lastError is err as text that PostgreSQL takes. The error is the handler's: a
+// nil pointer of its type is not nil, and panics when it is asked for its text.
+func lastError(err error) (text string) {
+	defer func() {
+		if r := recover(); r != nil {
+			text = fmt.Sprintf("%T without a text", err)
+		}
+	}()
+	text = strings.ReplaceAll(err.Error(), "\x00", "\uFFFD")
 	return strings.ToValidUTF8(text[:min(len(text), maxLastError)], "")
 }
 

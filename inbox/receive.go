@@ -97,7 +97,10 @@ func (c *Consumer) connection(ctx context.Context, finish func()) *waiting {
 func (c *Consumer) checkSchema(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	return dbschema.CheckVersion(ctx, c.db, c.cfg.Schema)
+	if err := dbschema.CheckVersion(ctx, c.db, c.cfg.Schema); err != nil {
+		return err
+	}
+	return dbschema.CheckSession(ctx, c.db)
 }
 
 // stream is an open channel with a consumer on it.

@@ -9,11 +9,18 @@ func table(schema, name string) string { return pgx.Identifier{schema, name}.San
 
 // recordSQL records that a consumer has a message: one row affected means for the
 // first time. It waits on inbox_pkey for a concurrent twin. The bare ON CONFLICT
-// needs INSERT alone and never raises 23505 during REINDEX CONCURRENTLY.
+// needs INSERT alone and never raises 23505 during REINDEX CONCURRENTLY. Its
+// transaction's commit waits for the disk, see durably.
 func recordSQL(schema string) string {
 	return `INSERT INTO ` + table(schema, "inbox") + ` (consumer, message_id, digest)
-	VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`
+	SELECT $1::text, $2::text, $3::bigint FROM ` + durably + ` ON CONFLICT DO NOTHING`
 }
+
+// durably makes the COMMIT of its transaction wait for this server's disk at
+// least, also where synchronous_commit is off: what is recorded is acknowledged
+// next, and a crash of PostgreSQL must not forget it.
+const durably = `(SELECT set_config('synchronous_commit',
+	coalesce(nullif(current_setting('synchronous_commit'), 'off'), 'local'), true)) AS durably`
 
 // recordXIDSQL is recordSQL that returns which transaction this is, for drivers
 // that do not tell whether a transaction is still open.
@@ -57,7 +64,8 @@ func parkEndedSQL(schema string) string {
 // it makes that idempotent (inbox_parked_unowned).
 func parkUnusableSQL(schema string) string {
 	return `INSERT INTO ` + table(schema, "inbox_parked") + ` (consumer, reason, digest, last_error, properties, headers, body)
-	VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT DO NOTHING`
+	SELECT $1::text, $2::text, $3::bigint, $4::text, $5::bytea, $6::bytea, $7::bytea FROM ` + durably + `
+	ON CONFLICT DO NOTHING`
 }
 
 // dueSQL lists what waits for another attempt, soonest first, in the order of

@@ -15,6 +15,7 @@ import (
 	"github.com/golang-migrate/migrate/v4/source/iofs"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"
 
 	"github.com/txbox/txbox/internal/dbschema"
@@ -35,12 +36,22 @@ type session struct {
 	schema string
 }
 
+// parse takes what the programs take: also the settings of a pool, which is not
+// needed here.
+func parse(databaseURL string) (*pgx.ConnConfig, error) {
+	config, err := pgxpool.ParseConfig(databaseURL)
+	if err != nil {
+		return nil, err
+	}
+	return config.ConnConfig, nil
+}
+
 func run(ctx context.Context, databaseURL string, cfg Config, do func(*session) error) error {
 	schema, err := dbschema.Name(cfg.Schema)
 	if err != nil {
 		return fmt.Errorf("migrations: %w", err)
 	}
-	config, err := pgx.ParseConfig(databaseURL)
+	config, err := parse(databaseURL)
 	if err != nil {
 		return fmt.Errorf("migrations: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -90,8 +91,8 @@ func (cfg Config) withDefaults(db *pgxpool.Pool, pub Publisher) (Config, error) 
 		}
 		cfg.Name = fmt.Sprintf("%s-%d", host, os.Getpid())
 	}
-	if len(cfg.Name) > 255 || !utf8.ValidString(cfg.Name) {
-		problem("Name: must be valid UTF-8 of at most 255 bytes")
+	if len(cfg.Name) > 255 || !utf8.ValidString(cfg.Name) || strings.ContainsRune(cfg.Name, 0) {
+		problem("Name: must be valid UTF-8 of at most 255 bytes, without NUL")
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()

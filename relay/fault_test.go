@@ -3,6 +3,7 @@ package relay_test
 import (
 	"context"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -332,6 +333,30 @@ func TestKilledRelaysLanesAreTakenOver(t *testing.T) {
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("takeover took %s with a lease of 1 s", took)
 	}
+}
+
+// It has the database, the lease, and a wrong password for the broker.
+func TestRelayThatCannotReachTheBrokerLeavesItsLanesToOthers(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.start(brisk)
+	good := b.amqpURL
+	b.amqpURL = strings.Replace(good, "amqp://", "amqp://nobody:wrong@", 1)
+	if _, after, ok := strings.Cut(good, "@"); ok {
+		b.amqpURL = "amqp://nobody:wrong@" + after
+	}
+	_, stopBad := b.start(brisk)
+	b.amqpURL = good
+	msgs := b.messages(500, tenKeys)
+	for i := range 5 {
+		b.write(msgs[i*100 : (i+1)*100]...)
+		b.must(pauseFor(t, 500*time.Millisecond))
+	}
+	b.eventuallyCount("outbox", 0)
+	got := b.drain(b.queue, len(msgs))
+	b.checkAll(got, msgs, 0)
+	b.checkOrder(got, msgs)
+	stopBad()
 }
 
 func TestRelayWaitsForTheSchemaAndRefusesAForeignOne(t *testing.T) {

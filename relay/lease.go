@@ -25,6 +25,8 @@ type leases struct {
 	log    *slog.Logger
 	health *condition
 
+	useless func() bool   // the broker has been away for long
+
 	changed chan struct{} // lanes came or went
 	lost    atomic.Int64  // leases that ended before they were renewed
 
@@ -117,8 +119,12 @@ func (l *leases) run(ctx context.Context) {
 	}
 }
 
-// once does one round: renew, take, give up what is beyond the fair share.
+// once does one round: renew, take, give up what is beyond the fair share; or all,
+// for others to take that reach the broker.
 func (l *leases) once(ctx context.Context, renew bool) error {
+	if l.useless() {
+		return l.retire(ctx)
+	}
 	l.mu.Lock()
 	l.lapse()
 	owner, deadline := l.owner, l.deadline
@@ -140,6 +146,29 @@ func (l *leases) once(ctx context.Context, renew bool) error {
 		return nil
 	}
 	return l.giveUp(ctx, share)
+}
+
+// retire gives up all lanes and the share that others leave us. The identity goes
+// with them, so that no answer that comes later counts.
+func (l *leases) retire(ctx context.Context) error {
+	l.mu.Lock()
+	former, held := l.owner, l.deadline != 0
+	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]bool{}, 0
+	l.mu.Unlock()
+	if !held {
+		return nil
+	}
+	l.log.Warn("broker away for longer than the lease; all lanes given up", "relay", l.name)
+	all := make([]int16, lanes)
+	for i := range all {
+		all[i] = int16(i)
+	}
+	ctx, cancel := context.WithTimeout(ctx, l.lease/3)
+	defer cancel()
+	if err := l.release(ctx, former, all, true); err != nil {
+		return fmt.Errorf("release lanes: %w", err)
+	}
+	return nil
 }
 
 func (l *leases) exchange(ctx context.Context, owner uuid.UUID, renew bool) (owned map[int16]int64, share int, err error) {
@@ -212,16 +241,16 @@ func (l *leases) giveUp(ctx context.Context, share int) error {
 	if len(empty) == 0 {
 		return nil
 	}
-	if err := l.release(ctx, empty, false); err != nil {
+	if err := l.release(ctx, l.identity(), empty, false); err != nil {
 		return fmt.Errorf("release lanes: %w", err)
 	}
 	return nil
 }
 
-func (l *leases) release(ctx context.Context, ids []int16, leaving bool) error {
+func (l *leases) release(ctx context.Context, owner uuid.UUID, ids []int16, leaving bool) error {
 	batch := &pgx.Batch{}
 	batch.Queue(localCommit)
-	batch.Queue(l.sql.release, l.identity(), ids, leaving)
+	batch.Queue(l.sql.release, owner, ids, leaving)
 	return l.db.SendBatch(ctx, batch).Close()
 }
 
@@ -234,7 +263,7 @@ func (l *leases) leave(ctx context.Context) error {
 			idle = append(idle, int16(lane))
 		}
 	}
-	if err := l.release(ctx, idle, len(idle) == lanes); err != nil {
+	if err := l.release(ctx, l.identity(), idle, len(idle) == lanes); err != nil {
 		return fmt.Errorf("release lanes: %w", err)
 	}
 	return nil

@@ -5,6 +5,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/txbox/txbox/internal/testenv"
@@ -49,6 +50,41 @@ func TestSettingsOfTheSessionDoNotMatter(t *testing.T) {
 			got := b.drain(b.queue, len(want))
 			b.checkAll(got, want, 0)
 			b.checkOrder(got, messages)
+		})
+	}
+}
+
+// Poolers dictate them: pgbouncer before 1.21 knows no prepared statements.
+func TestQueryExecModesOfThePoolDoNotMatter(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []pgx.QueryExecMode{
+		pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeCacheDescribe,
+	} {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			config, err := pgxpool.ParseConfig(b.db.URL)
+			b.must(err)
+			config.ConnConfig.DefaultQueryExecMode = mode
+			config.ConnConfig.RuntimeParams["DateStyle"] = "German"
+			config.ConnConfig.RuntimeParams["bytea_output"] = "escape"
+			usual := b.db.Pool
+			b.db.Pool, err = pgxpool.NewWithConfig(testenv.Context(t), config)
+			b.must(err)
+			defer func() { b.db.Pool.Close(); b.db.Pool = usual }()
+			messages := b.messages(100, func(i int) string { return fmt.Sprint(i % 7) })
+			absent, declare := b.absent()
+			to(absent, messages[90:])
+			_, stop := b.start(brisk)
+			b.write(messages...)
+			b.eventuallyCount("outbox", 0)
+			b.checkAll(b.drain(b.queue, 90), messages[:90], 0)
+			declare()
+			got := b.drain(absent, 10)
+			b.checkAll(got, messages[90:], 0)
+			b.checkOrder(got, messages)
+			b.eventuallyCount("outbox_parked", 0)
+			stop()
 		})
 	}
 }

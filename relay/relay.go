@@ -57,6 +57,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	sql := newStatements(cfg.Schema)
 	r.leases = newLeases(db, sql, cfg, r.hand, &r.leasing)
+	r.leases.useless = func() bool { return r.broker.failsFor() > cfg.Lease }
 	r.reader = &reader{
 		db: db, sql: sql, hand: r.hand, leases: r.leases, idle: cfg.IdleInterval,
 		wake: make(chan struct{}, 1), health: &r.reading,
@@ -124,6 +125,9 @@ func (r *Relay) awaitSchema(ctx context.Context) error {
 	for {
 		check, cancel := context.WithTimeout(ctx, readTimeout)
 		err := dbschema.CheckVersion(check, r.db, r.cfg.Schema)
+		if err == nil {
+			err = dbschema.CheckSession(check, r.db)
+		}
 		cancel()
 		if ctx.Err() != nil {
 			return nil

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 var errNotStarted = errors.New("not started")
@@ -16,8 +17,19 @@ type condition struct {
 	what string
 	log  *slog.Logger
 
-	mu  sync.Mutex
-	err error
+	mu    sync.Mutex
+	err   error
+	since time.Time // of the first failure in a row
+}
+
+// failsFor returns how long it has failed, 0 if it holds.
+func (c *condition) failsFor() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == nil || c.since.IsZero() {
+		return 0
+	}
+	return time.Since(c.since)
 }
 
 func (c *condition) set(err error) {
@@ -27,6 +39,7 @@ func (c *condition) set(err error) {
 	c.err = err
 	switch {
 	case err != nil && (before == nil || before == errNotStarted):
+		c.since = time.Now()
 		c.log.Warn(c.what+" fails", "error", err)
 	case err == nil && before != nil:
 		c.log.Info(c.what + " works")

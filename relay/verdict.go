@@ -49,6 +49,7 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 	switch why {
 	case impossible:
 		v.reason = "dead"
+		r.suspects.forget(m)
 	case missing, suspected:
 		if !m.alone {
 			v.spend = 0

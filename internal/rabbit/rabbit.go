@@ -82,7 +82,7 @@ func checkURL(raw string, allowPlaintext bool) error {
 		return errors.New("malformed; percent-encode special characters in user, password and virtual host")
 	}
 	if port, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && (err != nil || port == 0) {
-		return fmt.Errorf("port %s is not one of 1 to 65535", u.Port())
+		return errors.New("the port is not one of 1 to 65535")
 	}
 	if u.Scheme == "amqp" && !allowPlaintext && !isLoopback(u.Hostname()) {
 		return fmt.Errorf("plaintext to %q, which is not loopback: use amqps:// or allow plaintext explicitly", u.Hostname())
