@@ -3,6 +3,7 @@ package relay_test
 import (
 	"net/url"
 	"testing"
+	"time"
 
 	"github.com/txbox/txbox/internal/servers/serverstest"
 	"github.com/txbox/txbox/internal/testenv"
@@ -59,4 +60,30 @@ func TestForbiddenExchangesDoNotDisturbTheirNeighbours(t *testing.T) {
 	ctl("set_permissions", user, "^$", ".*", "^$")
 	b.eventuallyCount("outbox_parked", 0)
 	b.checkAll(b.drain(forbidden, len(bad)), bad, 0)
+}
+
+// The message that probes a missing exchange turns out to be one that no exchange
+// would take. Others probe it.
+func TestProbeThatCanNeverBePublishedDoesNotEndTheProbing(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	_, err := broker.Ctl(testenv.Context(t), "eval", "application:set_env(rabbit, max_message_size, 100000), "+
+		"persistent_term:put(max_message_size, 100000).")
+	b.must(err)
+	b.start(brisk)
+	missing := testenv.Name(t)
+	lost := b.messages(7, noKey)
+	for i := range lost {
+		lost[i].Exchange = missing
+	}
+	lost[1].Payload = make([]byte, 200_000)
+	b.write(lost[0])
+	b.eventuallyCount("outbox_parked", 1)
+	b.write(lost[1])
+	testenv.Eventually(t, time.Minute, "the big one is dead", func() bool { return b.reasons()["dead"] == 1 })
+	b.write(lost[2:]...)
+	b.eventuallyCount("outbox", 0)
+	b.declare(missing)
+	b.checkAll(b.drain(missing, 6), append(lost[:1:1], lost[2:]...), 0)
 }

@@ -25,7 +25,7 @@ type leases struct {
 	log    *slog.Logger
 	health *condition
 
-	useless func() bool   // the broker has been away for long
+	useless func() bool // the broker has been away for long
 
 	changed chan struct{} // lanes came or went
 	lost    atomic.Int64  // leases that ended before they were renewed

@@ -1,0 +1,70 @@
+package relay
+
+import (
+	"slices"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+// What is left of spans after some ids were found is what a set of ids would say.
+func TestGapsLoseOnlyWhatWasFound(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		gap := make(map[int64]bool)
+		for _, id := range rapid.SliceOf(rapid.Int64Range(1, 60)).Draw(t, "gaps") {
+			gap[id] = true
+		}
+		found := rapid.SliceOfDistinct(rapid.Int64Range(1, 60), rapid.ID[int64]).Draw(t, "found")
+		slices.Sort(found)
+		var taken []int64
+		for id := int64(1); id <= 60; id++ {
+			if !gap[id] {
+				taken = append(taken, id)
+			}
+		}
+		g := gaps{}
+		g.add(between(span{1, 60}, taken), time.Now())
+		g.fill(found)
+		left := make(map[int64]bool)
+		for _, s := range g.fresh() {
+			for id := s.low; id <= s.high; id++ {
+				left[id] = true
+			}
+		}
+		for id := int64(1); id <= 60; id++ {
+			if want := gap[id] && !slices.Contains(found, id); left[id] != want {
+				t.Fatalf("id %d: left %t, want %t", id, left[id], want)
+			}
+		}
+	})
+}
+
+// A gap is looked into at every read while it is fresh, then when a transaction
+// that ran at the time has ended, and never again once all have.
+func TestGapIsLookedIntoOnlyWhileItCanBeFilled(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	g := gaps{}
+	g.add([]span{{5, 9}}, now)
+	g.looked(snapshot{100, 101}, now.Add(gapMoment/2))
+	if len(g.fresh()) != 1 {
+		t.Fatal("forgotten while a transaction may have drawn an id and has no number yet")
+	}
+	g.looked(snapshot{100, 102}, now.Add(gapMoment)) // 101 has ended, 102 came
+	if len(g.fresh()) != 0 || len(g.ended(snapshot{100, 102, 103})) != 0 {
+		t.Error("looked into while nothing can have changed")
+	}
+	if len(g.ended(snapshot{100, 103})) != 1 {
+		t.Error("not looked into after 102 has ended")
+	}
+	g.looked(snapshot{100, 103}, now.Add(2*gapMoment))
+	if len(g.ended(snapshot{100})) != 0 || len(g.ended(snapshot{104})) != 1 {
+		t.Error("waits for another transaction than 100")
+	}
+	g.looked(snapshot{104}, now.Add(3*gapMoment))
+	if len(g.groups) != 0 {
+		t.Errorf("remembered after all have ended: %v", g.groups)
+	}
+}
