@@ -58,7 +58,8 @@ type Config struct {
 	Credentials func(context.Context) (user, password string, err error)
 	// AllowPlaintext permits amqp:// to a host that is not loopback; default no.
 	AllowPlaintext bool
-	// Logger gets one line per change of state; default slog.Default().
+	// Logger gets one line per change of state, and at most one in 10 s about
+	// handlers that fail; default slog.Default().
 	Logger *slog.Logger
 }
 
@@ -71,6 +72,8 @@ type Consumer struct {
 	handler Handler
 	cfg     Config
 	log     *slog.Logger
+
+	failureSaid atomic.Int64 // when a failure of a handler was logged last, in Unix nanoseconds
 
 	running atomic.Bool
 	// Between the connection and the workers: one queue for each worker, with the

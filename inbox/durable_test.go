@@ -2,6 +2,7 @@ package inbox_test
 
 import (
 	"context"
+	"strings"
 	"testing"
 	"time"
 
@@ -69,9 +70,15 @@ func TestHandlerThatReturnsATypedNilErrorFailsLikeAnyOther(t *testing.T) {
 	t.Parallel()
 	b := setupBroker(t)
 	b.publish(t, numbered(1)...)
-	c := b.start(t, func(context.Context, pgx.Tx, inbox.Message) error { return (*shopError)(nil) })
+	log := &lockedBuffer{}
+	cfg := b.config(t)
+	cfg.Logger = log.logger()
+	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(context.Context, pgx.Tx, inbox.Message) error { return (*shopError)(nil) }, cfg)
 	c.waitFor(t, "a failure", func(s inbox.Stats) bool { return s.Failures >= 1 })
 	c.stop()
+	if n := strings.Count(log.String(), "a handler failed"); n != 1 {
+		t.Errorf("%d lines in the log", n)
+	}
 	if n := b.count(t, "inbox_parked", "last_error LIKE '%shopError%'"); n != 1 {
 		t.Errorf("%d parked", n)
 	}

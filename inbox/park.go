@@ -57,6 +57,7 @@ func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) 
 	if v != blocked {
 		c.count(func(s *Stats) { s.Failures++ })
 		reason, attempts, delay = c.fate(err, 1)
+		c.sayFailure(e.id(), reason, err)
 	}
 	rows, ok := c.persist(live, c.parkStatement(e, v, reason, attempts, delay, err))
 	switch {
@@ -72,6 +73,20 @@ func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) 
 	}
 	return true
 }
+
+// sayFailure logs that a handler failed, at most once in failureEvery. What it
+// leaves out stands in inbox_parked.
+func (c *Consumer) sayFailure(id, reason string, err error) {
+	now := time.Now().UnixNano()
+	last := c.failureSaid.Load()
+	if last != 0 && now-last < int64(failureEvery) || !c.failureSaid.CompareAndSwap(last, now) {
+		return
+	}
+	text, _, _ := strings.Cut(lastError(err), "\n")
+	c.log.Warn("inbox: a handler failed", "message_id", id, "parked", reason, "error", text)
+}
+
+const failureEvery = 10 * time.Second
 
 // parkStatement parks a message; after the handler ended the transaction, without
 // asking whether it is recorded, since nobody knows what else was committed.
@@ -303,6 +318,7 @@ func (c *Consumer) settle(live context.Context, p *parkedMessage, v verdict, err
 		reason, attempts, delay = reasonRetry, p.attempts-1, 0
 	} else {
 		c.count(func(s *Stats) { s.Failures++ })
+		c.sayFailure(p.envelope.id(), reason, err)
 	}
 	s := statement{settleSQL(c.cfg.Schema), []any{p.id, p.token, reason, attempts, lastError(err), delay.Seconds()}}
 	if v == ended {

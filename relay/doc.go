@@ -9,8 +9,9 @@
 //	err = r.Run(ctx) // until ctx ends
 //
 // Run as many as you like: they share the work, and when one dies the others take
-// over what it had within Config.Lease. Run waits for a database, a schema, a
-// broker, an exchange or a queue that is not there; [Relay.Ready] says what for.
+// over what it had within Config.Lease. Run waits for a database, a schema or a
+// broker that is not there; [Relay.Ready] says what for. Messages for an exchange or
+// a queue that is not there are parked, with a line in the log, and sent when it is.
 //
 // # A message
 //

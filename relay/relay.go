@@ -29,6 +29,7 @@ type Relay struct {
 	reader   *reader
 	settler  *settler
 	suspects suspects
+	refusals refusals
 	counts   counts
 	running  atomic.Bool
 
@@ -46,6 +47,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
 	r.suspects.byExchange = make(map[string]*suspect)
+	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]bool)
 	for c, what := range map[*condition]string{
 		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
 		&r.settling: "writing to the outbox", &r.broker: "broker", &r.blocked: "publishing",

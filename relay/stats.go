@@ -12,7 +12,7 @@ import (
 var errNotStarted = errors.New("not started")
 
 // condition is something that holds or fails, such as the way to the broker. It
-// logs a line when that changes, not for each failure.
+// logs a line when that changes, or the reason does, not for each failure.
 type condition struct {
 	what string
 	log  *slog.Logger
@@ -20,6 +20,7 @@ type condition struct {
 	mu    sync.Mutex
 	err   error
 	since time.Time // of the first failure in a row
+	said  time.Time // when a failure was logged last
 }
 
 // failsFor returns how long it has failed, 0 if it holds.
@@ -39,12 +40,18 @@ func (c *condition) set(err error) {
 	c.err = err
 	switch {
 	case err != nil && (before == nil || before == errNotStarted):
-		c.since = time.Now()
+		c.since, c.said = time.Now(), time.Now()
 		c.log.Warn(c.what+" fails", "error", err)
+	case err != nil && err.Error() != before.Error() && time.Since(c.said) > reasonEvery:
+		c.said = time.Now()
+		c.log.Warn(c.what+" fails still", "error", err)
 	case err == nil && before != nil:
 		c.log.Info(c.what + " works")
 	}
 }
+
+// reasonEvery bounds the lines of a failure whose reason changes.
+const reasonEvery = 5 * time.Second
 
 func (c *condition) get() error {
 	c.mu.Lock()

@@ -37,6 +37,7 @@ func backOff(failures int) time.Duration {
 // confirmed: the broker has the message.
 func (r *Relay) confirmed(m *message) {
 	r.suspects.clear(m.exchange)
+	r.refusals.accepted(m)
 	r.counts.published.Add(1)
 	r.hand.confirm(m)
 }
@@ -63,6 +64,7 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 		v.delay = backOff(m.attempts)
 	}
 	m.alone = false
+	r.refusals.refused(m, v.reason, v.lastError)
 	r.counts.refused.Add(1)
 	r.hand.refuse(v)
 }

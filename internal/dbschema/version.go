@@ -35,7 +35,10 @@ func CheckVersion(ctx context.Context, db Querier, name string) error {
 	err := db.QueryRow(ctx, sql).Scan(&version, &compatibleSince)
 	var pgErr *pgconn.PgError
 	switch {
-	case errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000" || pgErr.Code == "42501"):
+	case errors.As(err, &pgErr) && pgErr.Code == "42501":
+		return fmt.Errorf("%w: schema %q: %s; the package's documentation lists what the role must be granted",
+			ErrNotReady, name, pgErr.Message)
+	case errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000"):
 		return fmt.Errorf("%w: schema %q: %s; run \"relay migrate up\"", ErrNotReady, name, pgErr.Message)
 	case errors.Is(err, pgx.ErrNoRows):
 		return fmt.Errorf("%w: schema %q: txbox_version is empty", ErrNotReady, name)
