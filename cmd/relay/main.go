@@ -72,8 +72,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		args = append(args[1:], "--help")
 	}
 	unsetEmptyVariables(environ)
-	known, flags := unknownFlags(parser.Model.Node, args)
-	found := append(flags, unknownVariables(parser.Model.Node, environ)...)
+	known, unknown := unknownArguments(parser.Model.Node, args)
+	found := append(unknown, unknownVariables(parser.Model.Node, environ)...)
 	parsed, err := parser.Parse(known)
 	if exit >= 0 {
 		return exit

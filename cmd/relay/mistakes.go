@@ -48,9 +48,9 @@ func mistake(flag, format string, args ...any) error {
 	return fmt.Errorf("%s: %w", setting(flag), fmt.Errorf(format, args...))
 }
 
-// shown quotes a value, unless it may be a URL that was meant for another flag.
+// shown quotes a value, unless it may be a URL or DSN that was meant for another flag.
 func shown(value string) string {
-	if strings.ContainsAny(value, ":@/") {
+	if strings.ContainsAny(value, ":@/=") {
 		return "the value"
 	}
 	return fmt.Sprintf("%q", value)
@@ -84,9 +84,9 @@ func unsetEmptyVariables(environ []string) {
 
 const prefix = "TXBOX_"
 
-// unknownFlags returns args without the flags that do not exist: kong would end
-// at the first of them.
-func unknownFlags(node *kong.Node, args []string) (known []string, found mistakes) {
+// unknownArguments returns args without the flags that do not exist and the
+// arguments that nothing takes: kong would end at the first of them.
+func unknownArguments(node *kong.Node, args []string) (known []string, found mistakes) {
 	for i := 0; i < len(args); i++ {
 		arg := args[i]
 		if arg == "--" {
@@ -95,6 +95,12 @@ func unknownFlags(node *kong.Node, args []string) (known []string, found mistake
 		name, _, assigned := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
 		var flag *kong.Flag
 		switch {
+		case strings.HasPrefix(arg, "-") && !strings.HasPrefix(arg, "--") && arg != "-h":
+			found.add(fmt.Errorf("%s: there is no such flag", strings.Trim(shown(arg), `"`)))
+			continue
+		case !strings.HasPrefix(arg, "-") && len(node.Children) == 0 && len(node.Positional) == 0:
+			found.add(fmt.Errorf("unexpected argument %s", strings.Trim(shown(arg), `"`)))
+			continue
 		case strings.HasPrefix(arg, "--"):
 			if flag = findFlag(node, name); flag == nil {
 				found.add(fmt.Errorf("--%s: there is no such flag", strings.Trim(shown(name), `"`)))
