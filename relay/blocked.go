@@ -6,7 +6,7 @@ import (
 )
 
 const (
-	lookEvery = 500 * time.Millisecond
+	walkEvery = time.Second
 	lookKeys  = 1000 // at once
 )
 
@@ -16,86 +16,72 @@ type blockedKey struct {
 	key  string
 }
 
-// hold blocks keys that have a message in outbox_parked.
-func (h *hand) hold(keys []blockedKey) {
+// toLook returns keys of which what is parked has changed and nothing is in the
+// hand, so that no park of them is under way. Of the others it is enough to look
+// when they have left the hand.
+func (h *hand) toLook(more []blockedKey) (keys []blockedKey) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, k := range keys {
-		l := h.line(k.key, k.lane)
-		l.blocked, l.changed = true, true
-	}
-}
-
-// toLook returns blocked keys of which nothing is in the hand, so that no park of
-// them is under way: those that have changed, and if all is true as many others.
-// What is blocked in lanes that are no longer ours is forgotten.
-func (h *hand) toLook(owned [lanes]int64, all bool) (keys []blockedKey) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for key, l := range h.lines { // in random order: each has its turn
-		switch {
-		case l.held > 0 || !l.blocked:
-		case owned[l.lane] == 0:
-			delete(h.lines, key)
-		case l.changed || all:
-			keys = append(keys, blockedKey{l.lane, key})
-			l.changed = false
-		}
-		if len(keys) == lookKeys {
-			break
+	n := min(lookKeys, len(h.look))
+	more = append(more, h.look[:n]...)
+	h.look = h.look[n:]
+	seen := make(map[string]bool, len(more))
+	for _, k := range more {
+		if l := h.lines[k.key]; (l == nil || l.held == 0) && !seen[k.key] {
+			seen[k.key] = true
+			keys = append(keys, k)
 		}
 	}
 	return keys
 }
 
-// release opens a key that has no message in outbox_parked.
-func (h *hand) release(key string) {
+func (h *hand) lookAgain(keys []blockedKey) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if l := h.lines[key]; l != nil && l.held == 0 {
-		delete(h.lines, key)
-	}
+	h.look = append(h.look, keys...)
 }
 
-// loadBlocked blocks the keys of lanes that are newly ours, before anything of
-// them is published.
-func (r *reader) loadBlocked(ctx context.Context) error {
-	if len(r.load) == 0 {
-		return nil
+// walk returns the next keys that have a message in outbox_parked: an operator may
+// have taken away what held them.
+func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err error) {
+	if time.Since(r.walkedAt) < walkEvery {
+		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	rows, err := r.db.Query(ctx, r.sql.blocked, unplanned, r.load)
+	perLane := max(1, lookKeys/len(ids))
+	rows, err := r.db.Query(ctx, r.sql.blocked, unplanned, ids, r.walked, perLane)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer rows.Close()
-	var keys []blockedKey
+	to := ""
 	for rows.Next() {
 		var k blockedKey
-		if err := rows.Scan(&k.lane, &k.key); err != nil {
-			return err
+		var n int
+		if err := rows.Scan(&k.lane, &k.key, &n); err != nil {
+			return nil, err
 		}
 		keys = append(keys, k)
+		if n == perLane && (to == "" || k.key < to) {
+			to = k.key // the other lanes go on from there too
+		}
 	}
-	if err := rows.Err(); err != nil {
-		return err
-	}
-	r.hand.hold(keys)
-	r.load = nil
-	return nil
+	r.walked, r.walkedAt = to, time.Now()
+	return keys, rows.Err()
 }
 
 // readBlocked looks at the heads of blocked keys. What can be sent now is read,
-// each key's in order up to the first that cannot; a key that has nothing left in
-// outbox_parked is open again. Nothing of these keys is in the hand and only the
-// reader brings something, so none can be parked meanwhile.
+// each key's in order up to the first that cannot. A key all of whose parked
+// messages are in the hand is no longer blocked: what follows waits there behind
+// them. Nothing of these keys is in the hand and only the reader brings something,
+// so none can be parked meanwhile.
 func (r *reader) readBlocked(ctx context.Context, ids []int16) (added int, err error) {
-	all := time.Since(r.lookedAt) >= lookEvery
-	keys := r.hand.toLook(r.epochs, all)
-	if all {
-		r.lookedAt = time.Now()
+	more, err := r.walk(ctx, ids)
+	if err != nil {
+		return 0, err
 	}
+	keys := r.hand.toLook(more)
 	if len(keys) == 0 {
 		return 0, nil
 	}
@@ -106,9 +92,10 @@ func (r *reader) readBlocked(ctx context.Context, ids []int16) (added int, err e
 	for i, k := range keys {
 		laneIDs[i], names[i] = k.lane, k.key
 	}
-	p, err := r.read(ctx, r.sql.heads, pageBytes, max(1, pageRows/len(keys)), ids, laneIDs, names)
+	perKey := max(1, lineRows/len(keys))
+	p, err := r.read(ctx, r.sql.heads, pageBytes, perKey, ids, laneIDs, names)
 	if err != nil {
-		r.hand.hold(keys)
+		r.hand.lookAgain(keys)
 		return 0, err
 	}
 	stop := make(map[string]int64) // the first id that is not to be sent yet
@@ -117,22 +104,20 @@ func (r *reader) readBlocked(ctx context.Context, ids []int16) (added int, err e
 			stop[m.key] = m.id
 		}
 	}
-	found := make(map[string]bool)
+	found := make(map[string]int)
 	var due []*message
 	for _, m := range p.messages {
-		m.parked = true
-		found[m.key] = true
+		found[m.key]++
 		if at, ok := stop[m.key]; !ok || m.id < at {
 			due = append(due, m)
 		}
 	}
-	for _, k := range keys {
-		if _, held := stop[k.key]; !held && !found[k.key] && !p.cut {
-			r.hand.release(k.key)
-		}
+	for _, m := range due {
+		_, held := stop[m.key]
+		m.parked, m.behind = true, held || p.cut || found[m.key] >= perKey
 	}
 	if p.cut {
-		r.hand.hold(keys)
+		r.hand.lookAgain(keys)
 	}
 	return r.hand.admit(due), nil
 }

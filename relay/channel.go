@@ -14,24 +14,47 @@ import (
 // channel publishes with at most window messages in flight.
 type channel struct {
 	*session
-	ch      *amqp.Channel
-	slots   chan struct{}
-	waiters sync.WaitGroup
-	closed  chan struct{} // closed when the channel is, after cause was set
-	cause   *amqp.Error   // nil: we closed it
+	ch     *amqp.Channel
+	prober bool // it publishes what is alone
+	slots  chan struct{}
+	sent   chan flight   // in flight; closed when no more will be
+	closed chan struct{} // closed when the channel is, after cause was set
+	cause  *amqp.Error   // nil: we closed it
 
-	mu       sync.Mutex
 	returns  chan amqp.Return
 	returned map[returnKey][]amqp.Return
-	orphans  []*message // their fate was unknown when the channel closed
+	overdue  *message // for which the channel was closed
+
+	mu      sync.Mutex
+	orphans []*message // their fate was unknown when the channel closed
+}
+
+// flight is a message in flight.
+type flight struct {
+	*message
+	confirm *amqp.DeferredConfirmation
+	at      int64 // when it was sent, by our monotonic clock
+}
+
+// source is where a channel takes its messages. Of one without some it takes until
+// there is none.
+type source struct {
+	take func(limit int) []*message
+	some <-chan struct{}
 }
 
 // returnKey recognises a returned message. An ID alone does not do: a producer
 // may send one ID to two destinations. One that writes an ID twice for one
 // destination has two returns.
-type returnKey struct{ messageID, exchange, routingKey string }
+type returnKey struct {
+	messageID string
+	destination
+}
 
-func (s *session) newChannel(window int) (*channel, error) {
+// takeAtOnce is how many messages a channel takes at once.
+const takeAtOnce = 32
+
+func (s *session) newChannel(window int, prober bool) (*channel, error) {
 	stop := time.AfterFunc(s.relay.pub.cfg.ConfirmTimeout, s.conn.Cut)
 	defer stop.Stop()
 	ch, err := s.conn.Channel()
@@ -44,7 +67,9 @@ func (s *session) newChannel(window int) (*channel, error) {
 	c := &channel{
 		session: s,
 		ch:      ch,
+		prober:  prober,
 		slots:   make(chan struct{}, window),
+		sent:    make(chan flight, window),
 		closed:  make(chan struct{}),
 		// One place for each message in flight: the client drops what finds the
 		// channel full for 5 s, and a return that is lost is a message lost.
@@ -56,46 +81,86 @@ func (s *session) newChannel(window int) (*channel, error) {
 	return c, nil
 }
 
-// publish takes messages until ctx ends or the channel closes.
-func (c *channel) publish(ctx context.Context, queue <-chan *message) {
-	for {
-		select {
-		case c.slots <- struct{}{}:
-		case <-ctx.Done():
-			return
+// publish takes messages until ctx ends, the channel closes, or the source has no
+// more, and returns when everything that was sent has its answer.
+func (c *channel) publish(ctx context.Context, from source) {
+	var answers sync.WaitGroup
+	answers.Go(c.await)
+	for c.publishSome(ctx, from) {
+	}
+	close(c.sent)
+	answers.Wait()
+	c.settleOrphans()
+}
+
+// publishSome publishes what there is, or waits for something. It returns false if
+// there is no more to do.
+func (c *channel) publishSome(ctx context.Context, from source) bool {
+	slots := 0
+	select {
+	case c.slots <- struct{}{}:
+		slots++
+	case <-ctx.Done():
+		return false
+	case <-c.closed:
+		return false
+	}
+	for slots < takeAtOnce && c.slot() {
+		slots++
+	}
+	ms := from.take(slots)
+	for range slots - len(ms) {
+		<-c.slots
+	}
+	if len(ms) == 0 {
+		if from.some == nil {
+			return false
 		}
-		var m *message
 		select {
-		case m = <-queue:
+		case <-from.some:
+			return true
 		case <-ctx.Done():
-			return
 		case <-c.closed:
-			return
 		}
+		return false
+	}
+	for i, m := range ms {
 		select {
 		case <-c.gate():
 		case <-ctx.Done():
 		}
 		if !c.send(ctx, m) {
-			return
+			for _, m := range ms[i+1:] {
+				c.relay.hand.retry(m)
+			}
+			return false
 		}
+	}
+	return true
+}
+
+func (c *channel) slot() bool {
+	select {
+	case c.slots <- struct{}{}:
+		return true
+	default:
+		return false
 	}
 }
 
-// send publishes one message and leaves a goroutine to await the answer. It
-// returns false if the channel is of no more use.
+// send publishes one message. It returns false if the channel is of no more use.
 func (c *channel) send(ctx context.Context, m *message) bool {
 	r := c.relay
-	if !r.leases.mayPublish(m) {
+	if ctx.Err() != nil {
+		r.hand.retry(m)
+		return false
+	}
+	now := since()
+	if !r.leases.mayPublish(m, now) {
 		r.suspects.forget(m)
 		r.hand.drop(m)
 		<-c.slots
 		return true
-	}
-	r.hand.take(m)
-	if ctx.Err() != nil {
-		r.hand.retry(m)
-		return false
 	}
 	if !m.alone && !r.suspects.admit(m) {
 		if m.alone {
@@ -118,71 +183,8 @@ func (c *channel) send(ctx context.Context, m *message) bool {
 		c.orphan(m)
 		return false
 	}
-	c.waiters.Go(func() { c.await(m, confirm) })
+	c.sent <- flight{m, confirm, now}
 	return true
-}
-
-// await turns the broker's answer into a verdict.
-func (c *channel) await(m *message, confirm *amqp.DeferredConfirmation) {
-	defer func() { <-c.slots }()
-	limit := c.relay.pub.cfg.ConfirmTimeout
-	timer := time.NewTimer(limit)
-	defer timer.Stop()
-	for answered := false; !answered; {
-		select {
-		case <-confirm.Done():
-			answered = true
-		case <-timer.C:
-			if !c.isBlocked() {
-				c.fail(fmt.Errorf("no answer from the broker within %s", limit))
-				c.conn.Cut() // resolves all that is in flight
-			}
-			timer.Reset(limit)
-		}
-	}
-	switch {
-	case confirm.Acked():
-		if ret, ok := c.returnOf(m); ok {
-			c.relay.refuse(m, returned, fmt.Sprintf("returned by the broker: %d %s", ret.ReplyCode, ret.ReplyText))
-		} else {
-			c.relay.confirmed(m)
-		}
-	case c.ch.IsClosed() || c.conn.IsClosed():
-		c.orphan(m) // a closed channel answers like a nack
-	default:
-		c.relay.refuse(m, nacked, "nacked by the broker")
-	}
-}
-
-// returnOf looks for the return of a message that was confirmed. The client
-// delivers a return before it resolves the confirm, so it is here by now.
-func (c *channel) returnOf(m *message) (amqp.Return, bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for {
-		select {
-		case ret, ok := <-c.returns:
-			if !ok {
-				return c.takeReturn(m)
-			}
-			key := returnKey{ret.MessageId, ret.Exchange, ret.RoutingKey}
-			c.returned[key] = append(c.returned[key], ret)
-		default:
-			return c.takeReturn(m)
-		}
-	}
-}
-
-func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
-	key := returnKey{m.messageID.String(), m.exchange, m.routingKey}
-	all := c.returned[key]
-	if len(all) == 0 {
-		return amqp.Return{}, false
-	}
-	if c.returned[key] = all[1:]; len(all) == 1 {
-		delete(c.returned, key)
-	}
-	return all[0], true
 }
 
 func (c *channel) orphan(m *message) {
@@ -203,9 +205,17 @@ func (c *channel) settleOrphans() {
 	}
 	<-c.closed
 	r := c.relay
-	if c.cause == nil || c.conn.IsClosed() {
+	if c.conn.IsClosed() {
+		c.lost(c.orphans)
+		return
+	}
+	if c.cause == nil { // we closed it
 		for _, m := range c.orphans {
-			r.unknown(m)
+			if m == c.overdue {
+				r.refuse(m, silent, fmt.Sprintf("no answer from the broker within %s", r.pub.cfg.ConfirmTimeout))
+			} else {
+				r.unknown(m)
+			}
 		}
 		return
 	}

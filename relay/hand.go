@@ -1,41 +1,12 @@
 package relay
 
 import (
+	"math/rand/v2"
 	"sync"
 	"time"
-
-	"github.com/google/uuid"
 )
 
 const lanes = 64
-
-// message is one message in the relay's hand.
-type message struct {
-	id          int64
-	lane        int16
-	epoch       int64 // of the lane when the message was read
-	messageID   uuid.UUID
-	key         string
-	exchange    string
-	routingKey  string
-	typ         string
-	contentType string
-	headers     map[string]string
-	payload     []byte
-	createdAt   time.Time
-	parked      bool // published from outbox_parked
-	attempts    int
-	alone       bool // to be published with nothing else in flight on its channel
-}
-
-// verdict is what became of a message that the broker did not accept.
-type verdict struct {
-	*message
-	reason    string // retry, dead or blocked
-	spend     int    // attempts spent by it
-	delay     time.Duration
-	lastError string
-}
 
 // hand holds every message between the moment at which it was read and the moment
 // at which its row is gone and no read that could have seen the row is under way.
@@ -44,47 +15,44 @@ type verdict struct {
 type hand struct {
 	mu        sync.Mutex
 	byID      map[int64]*message
-	lines     map[string]*line // by key, of those with messages in the hand or in outbox_parked
-	bytes     int              // of payloads
-	held      [lanes]int       // messages not settled
-	busy      [lanes]int       // of those, messages taken
+	lines     map[string]*line // by key
+	passed    map[*line]bool   // those with messages that were passed over
+	routes    map[destination]*route
+	turn      []*route // those of which something may be taken, the next first
+	bytes     int      // of payloads
+	waiting   int      // messages that wait in lines and routes
+	waitBytes int      // of their payloads
+	inFlight  int
+	held      [lanes]int // messages not settled
+	busy      [lanes]int // of those, messages taken
+	alone     []*message
 	confirmed []*message
 	refused   []verdict
-	gone      []int64 // settled since the last read ended
+	gone      []int64      // settled since the last read ended
+	look      []blockedKey // keys of which the parked messages have changed
 
-	ready  chan *message // any order but that within a key
-	probes chan *message // to be published one at a time, on a channel of their own
+	some   chan struct{} // something may be taken
+	probes chan struct{} // the same of what is alone
 	settle chan struct{} // there is something to settle
 	space  chan struct{} // something was settled
 }
 
-// line is what the hand knows of a key. Of an open one, one message at a time is
-// published and the others wait. A blocked one has a message in outbox_parked, its
-// head, or on the way there: what follows is parked behind it, and only the head
-// is published.
-type line struct {
-	lane    int16
-	waiting []*message
-	busy    bool // one is ready or in flight
-	held    int  // messages in the hand, not settled
-	blocked bool
-	changed bool // it may have a new head, or none
-}
-
 const (
 	handRows  = 5000     // messages in the hand at most, a page more while it is read
-	handBytes = 64 << 20 // of their payloads, likewise
+	handBytes = 32 << 20 // of their payloads, likewise
 	pageRows  = 1000
-	pageBytes = 16 << 20
+	pageBytes = 8 << 20
+	slowDelay = 5 * time.Second // at most, for what would crowd the hand
 )
 
 func newHand() *hand {
 	return &hand{
-		byID:  make(map[int64]*message),
-		lines: make(map[string]*line),
-		// Each message is in one of them at most once: sending never blocks.
-		ready:  make(chan *message, handRows+pageRows+lanes*pageRows),
-		probes: make(chan *message, handRows+pageRows+lanes*pageRows),
+		byID:   make(map[int64]*message),
+		lines:  make(map[string]*line),
+		passed: make(map[*line]bool),
+		routes: make(map[destination]*route),
+		some:   make(chan struct{}, 1),
+		probes: make(chan struct{}, 1),
 		settle: make(chan struct{}, 1),
 		space:  make(chan struct{}, 1),
 	}
@@ -94,81 +62,92 @@ func newHand() *hand {
 func (h *hand) full() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return len(h.byID) >= handRows || h.bytes >= handBytes
+	return h.isFull() && !h.starving()
+}
+
+func (h *hand) isFull() bool { return len(h.byID) >= handRows || h.bytes >= handBytes }
+
+// starving says that the hand is full of messages that wait for others, while the
+// broker could take more: the reader then goes on and passes over what would have
+// to wait too.
+func (h *hand) starving() bool {
+	return h.isFull() && len(h.turn) == 0 && h.inFlight < channels*window/2 &&
+		(h.waiting >= handRows/2 || h.waitBytes >= handBytes/2)
 }
 
 // admit adds what a read has found and returns how many messages were new.
 func (h *hand) admit(page []*message) (added int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	return h.admitAll(page)
+}
+
+func (h *hand) admitAll(page []*message) (added int) {
+	starving := h.starving()
 	for _, m := range page {
 		if h.byID[m.id] != nil {
 			continue
+		}
+		var l *line
+		if m.key != "" {
+			if l = h.line(m); !m.parked && l.passes(m, starving) {
+				h.passed[l] = true
+				continue
+			}
+			if l.held == 0 {
+				l.blocked = l.blocked || m.behind
+			}
+			l.held++
 		}
 		h.byID[m.id] = m
 		h.held[m.lane]++
 		h.bytes += len(m.payload)
 		added++
-		if m.key == "" {
-			h.ready <- m
-			continue
-		}
-		l := h.line(m.key, m.lane)
-		l.held++
-		l.blocked = l.blocked || m.parked
 		switch {
-		case l.blocked && !m.parked:
+		case l != nil && l.blocked && !m.parked:
 			h.block(m)
-		case l.busy:
-			l.waiting = append(l.waiting, m)
+		case l != nil && l.busy:
+			h.wait(l, m)
+		case starving && h.crowds(m):
+			h.busy[m.lane]++
+			h.refuseOne(verdict{message: m, reason: "retry", delay: rand.N(slowDelay), lastError: "its destination confirms slowly"})
 		default:
-			l.busy = true
-			h.ready <- m
+			if l != nil {
+				l.busy = true
+			}
+			h.push(m)
 		}
 	}
 	return added
 }
 
-func (h *hand) line(key string, lane int16) *line {
-	l := h.lines[key]
-	if l == nil {
-		l = &line{lane: lane}
-		h.lines[key] = l
-	}
-	return l
-}
-
-// block parks a message behind the head of its key.
-func (h *hand) block(m *message) {
-	h.busy[m.lane]++
-	h.refused = append(h.refused, verdict{message: m, reason: "blocked"})
-	notify(h.settle)
-}
-
-// readEnded forgets the messages that were settled before the next read begins:
-// no read that is still under way can have seen their rows.
+// readEnded forgets the messages that were settled, and the blocked keys of which
+// nothing is in the hand, before the next read begins: no read that is still under
+// way can have seen the rows as they were.
 func (h *hand) readEnded() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, id := range h.gone {
+		if m := h.byID[id]; m.key != "" {
+			if l := h.lines[m.key]; l != nil && l.held == 0 {
+				l.blocked = false // the table says so from now on
+				h.leave(l)
+			}
+		}
 		delete(h.byID, id)
 	}
 	h.gone = h.gone[:0]
 }
 
-// take marks a message of ready or probes as under way.
-func (h *hand) take(m *message) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.busy[m.lane]++
-}
-
-// drop forgets a message that was not taken, whose lane is no longer ours.
+// drop forgets messages that were taken and not sent, whose lanes are no longer
+// ours.
 func (h *hand) drop(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.forget(m)
+	h.busy[m.lane]--
+	h.release(m)
 	h.next(m)
+	h.forget(m)
 }
 
 func (h *hand) forget(m *message) {
@@ -180,23 +159,26 @@ func (h *hand) forget(m *message) {
 func (h *hand) left(m *message) {
 	h.held[m.lane]--
 	h.bytes -= len(m.payload)
-	if l := h.lines[m.key]; l != nil {
+	if l := h.lines[m.key]; l != nil && m.key != "" {
 		if l.held--; l.held == 0 {
-			if l.changed = l.blocked; !l.blocked {
-				delete(h.lines, m.key)
-			}
+			h.leave(l)
 		}
 	}
 	notify(h.space)
 }
 
-// confirm records that the broker has accepted a message: its row may go, and
-// the next of its key may come.
-func (h *hand) confirm(m *message) {
+// confirm records that the broker has accepted messages: their rows may go, and
+// the next of their keys may come.
+func (h *hand) confirm(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.confirmed = append(h.confirmed, m)
-	h.next(m)
+	for _, m := range ms {
+		h.release(m)
+		h.next(m)
+		h.bytes -= len(m.payload)
+		m.payload = nil
+	}
+	h.confirmed = append(h.confirmed, ms...)
 	notify(h.settle)
 }
 
@@ -204,18 +186,34 @@ func (h *hand) confirm(m *message) {
 func (h *hand) refuse(v verdict) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.refuseOne(v)
+	notify(h.settle)
+}
+
+func (h *hand) refuseOne(v verdict) {
+	h.release(v.message)
 	h.refused = append(h.refused, v)
-	if l := h.lines[v.key]; l != nil {
-		l.blocked, l.busy = true, false
-		for _, m := range l.waiting {
-			if m.parked {
-				h.forget(m) // it is behind the head already
-			} else {
-				h.block(m)
-			}
-		}
-		l.waiting = nil
+	l := h.lines[v.key]
+	if l == nil || v.key == "" {
+		return
 	}
+	l.blocked, l.busy, l.headParked = true, false, true
+	waiting := l.waiting
+	l.waiting, l.waitBytes = nil, 0
+	for _, m := range waiting {
+		h.waits(m, -1)
+		if m.parked {
+			h.forget(m) // it is behind the head already
+		} else {
+			h.block(m)
+		}
+	}
+}
+
+// block parks a message behind the head of its key.
+func (h *hand) block(m *message) {
+	h.busy[m.lane]++
+	h.refused = append(h.refused, verdict{message: m, reason: "blocked"})
 	notify(h.settle)
 }
 
@@ -224,23 +222,29 @@ func (h *hand) retry(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.busy[m.lane]--
+	h.release(m)
 	if m.alone {
-		h.probes <- m
+		h.alone = append(h.alone, m)
+		notify(h.probes)
 	} else {
-		h.ready <- m
+		h.push(m)
 	}
 }
 
-// next lets the message behind m follow.
-func (h *hand) next(m *message) {
-	l := h.lines[m.key]
-	if l == nil {
-		return
+// takeAlone takes the next message that is to be published alone.
+func (h *hand) takeAlone(int) []*message {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.alone) == 0 {
+		return nil
 	}
-	if l.busy = len(l.waiting) > 0; l.busy {
-		h.ready <- l.waiting[0]
-		l.waiting = l.waiting[1:]
+	m := h.alone[0]
+	h.alone = h.alone[1:]
+	h.busy[m.lane]++
+	if len(h.alone) > 0 {
+		notify(h.probes)
 	}
+	return []*message{m}
 }
 
 // toSettle hands over at most max confirmed and max refused messages.
@@ -260,7 +264,6 @@ func (h *hand) settled(m *message) {
 	defer h.mu.Unlock()
 	h.busy[m.lane]--
 	h.left(m)
-	m.payload = nil
 	h.gone = append(h.gone, m.id)
 }
 

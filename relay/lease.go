@@ -55,9 +55,9 @@ func newLeases(db *pgxpool.Pool, sql statements, cfg Config, h *hand, health *co
 
 // mayPublish says whether a message may be written to the broker now. It is asked
 // right before each write: a relay that cannot renew stops before its lease ends.
-func (l *leases) mayPublish(m *message) bool {
+func (l *leases) mayPublish(m *message, now int64) bool {
 	l.mu.RLock()
-	ours, ended := l.epochs[m.lane] == m.epoch, since() >= l.deadline
+	ours, ended := l.epochs[m.lane] == m.epoch, now >= l.deadline
 	l.mu.RUnlock()
 	if ours && ended {
 		l.mu.Lock()

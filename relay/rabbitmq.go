@@ -42,8 +42,9 @@ type RabbitMQConfig struct {
 
 const (
 	defaultConfirmTimeout = 15 * time.Second
-	channels              = 4   // for all but probes
+	channels              = 4   // for all but what is alone
 	window                = 250 // messages in flight on each
+	probers               = 8   // channels for what is alone, one message on each
 )
 
 // RabbitMQ returns a Publisher for amqpURL: one URL, or several whole ones

@@ -30,8 +30,8 @@ type reader struct {
 	scan   scan
 	dueAt  time.Time // when parked messages were last looked at
 
-	load     []int16   // lanes the blocked keys of which are not known yet
-	lookedAt time.Time // when all blocked keys were last looked at
+	walked   string    // the last key of which the parked messages were looked at
+	walkedAt time.Time // when
 	loaded   bool      // the last read found something
 }
 
@@ -93,16 +93,14 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 		return 0, nil
 	}
 	if added, err = r.readAll(ctx, ids); err != nil {
-		r.floor, r.gaps, r.scan, r.load = 0, gaps{}, scan{}, ids
+		r.floor, r.gaps, r.scan = 0, gaps{}, scan{}
+		r.hand.forgetPassed(func(int16) bool { return true })
 	}
 	r.loaded = added > 0
 	return added, err
 }
 
 func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error) {
-	if err := r.loadBlocked(ctx); err != nil {
-		return 0, fmt.Errorf("read blocked keys: %w", err)
-	}
 	if !r.scan.urgent {
 		if added, err = r.readNew(ctx, ids); err != nil {
 			return added, fmt.Errorf("read outbox: %w", err)
@@ -112,6 +110,11 @@ func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error
 	added += n
 	if err != nil {
 		return added, fmt.Errorf("read outbox again: %w", err)
+	}
+	n, err = r.readPassedOver(ctx, ids)
+	added += n
+	if err != nil {
+		return added, fmt.Errorf("read what was passed over: %w", err)
 	}
 	n, err = r.readDue(ctx, ids)
 	added += n
@@ -178,6 +181,30 @@ func (r *reader) raise(p page) {
 	}
 }
 
+// readPassedOver reads what was passed over of keys that have room again.
+func (r *reader) readPassedOver(ctx context.Context, ids []int16) (added int, err error) {
+	lines, from := r.hand.passedOver()
+	if len(lines) == 0 {
+		return 0, nil
+	}
+	keys := make([]string, len(lines))
+	for i, l := range lines {
+		keys[i] = l.key
+	}
+	p, err := r.readSpans(ctx, []span{{from, r.floor}}, ids, keys...)
+	if err != nil {
+		return 0, err
+	}
+	to := int64(0)
+	if p.cut {
+		to = p.ids[len(p.ids)-1]
+	}
+	if added = r.hand.readmit(lines, p.messages, to); p.cut {
+		added = max(added, 1)
+	}
+	return added, nil
+}
+
 // readDue reads parked messages whose time has come.
 func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error) {
 	now := time.Now()
@@ -203,18 +230,25 @@ func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error
 // hand.
 func (r *reader) lanes() []int16 {
 	ids := []int16{}
+	var changed [lanes]bool
+	any := false
 	for lane, epoch := range r.leases.owned() {
 		if epoch != 0 && epoch != r.epochs[lane] {
 			if !r.hand.empty(lane) {
 				epoch = 0
 			} else {
 				r.scan = scan{urgent: r.floor > 0}
-				r.load = append(r.load, int16(lane))
 			}
+		}
+		if r.epochs[lane] != epoch {
+			changed[lane], any = true, true
 		}
 		if r.epochs[lane] = epoch; epoch != 0 {
 			ids = append(ids, int16(lane))
 		}
+	}
+	if any {
+		r.hand.forgetPassed(func(lane int16) bool { return changed[lane] })
 	}
 	return ids
 }

@@ -16,15 +16,13 @@ type refusals struct {
 	destinations map[destination]bool
 }
 
-type destination struct{ exchange, routingKey string }
-
 // maxRefusals bounds the destinations that are remembered, and so the lines.
 const maxRefusals = 1000
 
 func (f *refusals) refused(m *message, reason, text string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	d := destination{m.exchange, m.routingKey}
+	d := m.destination
 	if f.destinations[d] || len(f.destinations) >= maxRefusals {
 		return
 	}
@@ -40,7 +38,7 @@ func (f *refusals) accepted(m *message) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	d := destination{m.exchange, m.routingKey}
+	d := m.destination
 	if f.destinations[d] {
 		delete(f.destinations, d)
 		f.count.Store(int64(len(f.destinations)))

@@ -21,17 +21,18 @@ var ErrSchema = dbschema.ErrIncompatible
 // Relay publishes the messages of one outbox. Any number of relays may run
 // against one database; they share its lanes.
 type Relay struct {
-	db       *pgxpool.Pool
-	pub      *rabbitMQ
-	cfg      Config
-	hand     *hand
-	leases   *leases
-	reader   *reader
-	settler  *settler
-	suspects suspects
-	refusals refusals
-	counts   counts
-	running  atomic.Bool
+	db        *pgxpool.Pool
+	pub       *rabbitMQ
+	cfg       Config
+	hand      *hand
+	leases    *leases
+	reader    *reader
+	settler   *settler
+	suspects  *suspects
+	refusals  refusals
+	isolation isolation
+	counts    counts
+	running   atomic.Bool
 
 	// What can keep the relay from its work.
 	schema, leasing, reading, settling, broker, blocked condition
@@ -46,7 +47,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 		return nil, fmt.Errorf("relay: %w", err)
 	}
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
-	r.suspects.byExchange = make(map[string]*suspect)
+	r.suspects, r.isolation.some = newSuspects(), make(chan struct{}, 1)
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]bool)
 	for c, what := range map[*condition]string{
 		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
@@ -100,6 +101,7 @@ func (r *Relay) Run(ctx context.Context) error {
 	leasing.Go(func() { r.leases.run(leaseCtx) })
 	settling.Go(func() { r.settler.run(hard, stopSettling) })
 	publishing.Go(func() { r.publishLoop(ctx, hard) })
+	publishing.Go(func() { r.isolate(ctx, hard) })
 	reading.Go(func() { r.reader.run(ctx) })
 
 	<-ctx.Done()

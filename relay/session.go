@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -20,44 +21,63 @@ type session struct {
 	conn  *rabbit.Conn
 	fail  context.CancelCauseFunc
 
-	watchers sync.WaitGroup // they end with the connection
+	watchers     sync.WaitGroup // they end with the connection
+	lastAnswered atomic.Int64   // when the latest message that has an answer was sent
 
 	mu      sync.Mutex
 	open    chan struct{} // closed while the broker takes messages
+	openAt  int64         // since when, by our monotonic clock
 	blocked bool
+	orphans []*message // in flight at the end of the connection
 }
 
 var errStopped = errors.New("relay is stopping")
 
-// publish runs a session until ctx ends (nil: everything in flight was answered)
-// or the connection fails. After hard ends it does not wait for answers.
-func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
+// newSession watches conn; the context ends with it, too.
+func (r *Relay) newSession(ctx context.Context, conn *rabbit.Conn) (context.Context, *session) {
 	ctx, fail := context.WithCancelCause(ctx)
 	s := &session{relay: r, conn: conn, fail: fail, open: make(chan struct{})}
 	close(s.open)
-	stop := context.AfterFunc(hard, func() { fail(errStopped); conn.Cut() })
-	defer stop()
-
-	var publishers sync.WaitGroup
 	closed := conn.NotifyClose(make(chan *amqp.Error, 1))
 	blockings := conn.NotifyBlocked(make(chan amqp.Blocking, 16))
 	s.watchers.Go(func() { s.watch(closed, blockings) })
+	return ctx, s
+}
+
+// publish runs a session until ctx ends (nil: everything in flight was answered)
+// or the connection fails. After hard ends it does not wait for answers.
+func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
+	ctx, s := r.newSession(ctx, conn)
+	stop := context.AfterFunc(hard, func() { s.fail(errStopped); conn.Cut() })
+	defer stop()
+
+	var publishers sync.WaitGroup
 	for range channels {
-		publishers.Go(func() { s.serve(ctx, r.hand.ready, window) })
+		publishers.Go(func() { s.serve(ctx, source{r.hand.take, r.hand.some}, window, false) })
 	}
-	publishers.Go(func() { s.serve(ctx, r.hand.probes, 1) })
+	for range probers {
+		publishers.Go(func() { s.serve(ctx, source{r.hand.takeAlone, r.hand.probes}, 1, true) })
+	}
 	publishers.Wait()
-	if cause := context.Cause(ctx); errors.Is(cause, context.Canceled) {
-		timer := time.AfterFunc(time.Second, conn.Cut)
-		conn.Close() // all is confirmed; how the goodbye went does not matter
-		timer.Stop()
+	cause := context.Cause(ctx)
+	stopping := errors.Is(cause, context.Canceled)
+	s.end()
+	r.hand.apart(s.orphans)
+	r.unknownAll(r.isolation.died(s.orphans, stopping || explained(cause)))
+	if stopping {
+		return nil
 	}
-	conn.Cut()
+	return cause
+}
+
+// end closes the connection and waits for those that watch it. When it is called
+// for a stop all is confirmed: how the goodbye goes does not matter.
+func (s *session) end() {
+	timer := time.AfterFunc(quickly, s.conn.Cut)
+	s.conn.Close()
+	timer.Stop()
+	s.conn.Cut()
 	s.watchers.Wait()
-	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
-		return cause
-	}
-	return nil
 }
 
 // watch notices the end of the connection, and alarms that make the broker stop
@@ -91,6 +111,7 @@ func (s *session) block(active bool, reason string) {
 		s.relay.blocked.set(fmt.Errorf("broker takes no messages: %s", reason))
 	} else {
 		close(s.open)
+		s.openAt = since()
 		s.relay.blocked.set(nil)
 	}
 }
@@ -102,23 +123,39 @@ func (s *session) gate() <-chan struct{} {
 	return s.open
 }
 
-func (s *session) isBlocked() bool {
+// blockedSince says whether the broker takes no messages, or since when it does.
+func (s *session) blockedSince() (blocked bool, open int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.blocked
+	return s.blocked, s.openAt
 }
 
-// serve publishes what queue brings, on one channel after another: the broker
+// answered notes that a message has its answer which was sent at that time.
+func (s *session) answered(at int64) {
+	for {
+		last := s.lastAnswered.Load()
+		if at <= last || s.lastAnswered.CompareAndSwap(last, at) {
+			return
+		}
+	}
+}
+
+// lost keeps what was in flight at the end of the connection.
+func (s *session) lost(ms []*message) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.orphans = append(s.orphans, ms...)
+}
+
+// serve publishes what a source brings, on one channel after another: the broker
 // closes a channel for a message that it cannot take at all.
-func (s *session) serve(ctx context.Context, queue <-chan *message, window int) {
+func (s *session) serve(ctx context.Context, from source, window int, prober bool) {
 	for ctx.Err() == nil {
-		c, err := s.newChannel(window)
+		c, err := s.newChannel(window, prober)
 		if err != nil {
 			s.fail(fmt.Errorf("open channel: %w", err))
 			return
 		}
-		c.publish(ctx, queue)
-		c.waiters.Wait()
-		c.settleOrphans()
+		c.publish(ctx, from)
 	}
 }

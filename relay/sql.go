@@ -80,31 +80,42 @@ const releaseSQL = `WITH freed AS (
 const (
 	headSQL = `
 	SELECT NULL::bigint, NULL::smallint, NULL::uuid, NULL, NULL, NULL, NULL, NULL, NULL::jsonb, NULL::bytea,
-		NULL::timestamptz, NULL::int, NULL::boolean,
+		NULL::timestamptz, NULL::int, NULL::boolean, NULL::boolean,
 		pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), pg_current_wal_insert_lsn()::text,
 		ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint),
 		(SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence})
 	UNION ALL
 	SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
-		created_at, attempts, mine, NULL, NULL, NULL, NULL
+		created_at, attempts, mine, behind, NULL, NULL, NULL, NULL
 	FROM page WHERE running - bytes < $1
 	ORDER BY 1 NULLS FIRST`
 	messageColumns = `id, lane, message_id, key, exchange, routing_key, type, content_type, headers`
 )
 
 // pageSQL reads the ids in the spans $4 to $5 by primary key, whatever their lane,
-// and blanks those of lanes other than $3: filtering inside would read on through
-// the rows of others.
+// and blanks those of lanes other than $3, or, if $6 is given, of other keys:
+// filtering inside would read on through the rows of others. behind says that a
+// message of the key is parked, by index (lane, key, id); if none of any key is,
+// that costs one look for the page. EXISTS would drop the ORDER BY that pins the
+// plan of both looks.
 const pageSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
+			CASE WHEN mine AND key IS NOT NULL AND (
+				SELECT id FROM {parked} WHERE key IS NOT NULL ORDER BY lane, key, id LIMIT 1
+			) IS NOT NULL THEN (
+				SELECT p.id FROM {parked} AS p WHERE p.lane = next.lane AND p.key = next.key ORDER BY p.lane, p.key, p.id LIMIT 1
+			) IS NOT NULL ELSE false END AS behind,
 			CASE WHEN mine THEN payload END AS payload, bytes, sum(bytes) OVER (ORDER BY id) AS running
 		FROM (
-			SELECT o.*, lane = ANY($3) AS mine, CASE WHEN lane = ANY($3) THEN octet_length(payload) ELSE 0 END AS bytes
-			FROM unnest($4::bigint[], $5::bigint[]) AS s (low, high)
-			CROSS JOIN LATERAL (
-				SELECT * FROM {outbox} WHERE id BETWEEN s.low AND s.high ORDER BY id LIMIT $2
-			) AS o
-			ORDER BY id LIMIT $2
+			SELECT n.*, CASE WHEN mine THEN octet_length(payload) ELSE 0 END AS bytes
+			FROM (
+				SELECT o.*, lane = ANY($3) AND coalesce(key = ANY($6::text[]), $6 IS NULL) AS mine
+				FROM unnest($4::bigint[], $5::bigint[]) AS s (low, high)
+				CROSS JOIN LATERAL (
+					SELECT * FROM {outbox} WHERE id BETWEEN s.low AND s.high ORDER BY id LIMIT $2
+				) AS o
+				ORDER BY id LIMIT $2
+			) AS n
 		) AS next
 	)` + headSQL
 
@@ -113,7 +124,7 @@ const pageSQL = `WITH page AS (
 // created, for its consumers, when it was due. (clock_timestamp is volatile: an index
 // condition with it would be a filter over all that is not due yet.)
 const dueSQL = `WITH page AS (
-		SELECT ` + messageColumns + `, attempts, true AS mine, payload,
+		SELECT ` + messageColumns + `, attempts, true AS mine, true AS behind, payload,
 			CASE WHEN reason = 'scheduled' THEN greatest(created_at, due_at) ELSE created_at END AS created_at,
 			octet_length(payload) AS bytes, sum(octet_length(payload)) OVER (ORDER BY id) AS running
 		FROM unnest($3::smallint[]) AS l (lane_wanted)
@@ -125,28 +136,32 @@ const dueSQL = `WITH page AS (
 		) AS d
 	)` + headSQL
 
-// blockedSQL returns the keys that have a message in outbox_parked, of the lanes
-// $1, going from key to key in the index (lane, key, id).
+// blockedSQL returns, of each of the lanes $1, the first $3 keys after $2 that have
+// a message in outbox_parked, going from key to key in the index (lane, key, id).
 const blockedSQL = `WITH RECURSIVE blocked AS (
-		SELECT l.lane, (SELECT min(key) FROM {parked} AS p WHERE p.lane = l.lane) AS key FROM unnest($1::smallint[]) AS l (lane)
+		SELECT l.lane, (SELECT min(key) FROM {parked} AS p WHERE p.lane = l.lane AND p.key > $2) AS key, 1 AS n
+		FROM unnest($1::smallint[]) AS l (lane)
 		UNION ALL
-		SELECT b.lane, (SELECT min(key) FROM {parked} AS p WHERE p.lane = b.lane AND p.key > b.key)
-		FROM blocked AS b WHERE b.key IS NOT NULL
+		SELECT b.lane, (SELECT min(key) FROM {parked} AS p WHERE p.lane = b.lane AND p.key > b.key), n + 1
+		FROM blocked AS b WHERE b.key IS NOT NULL AND n < $3
 	)
-	SELECT lane, key FROM blocked WHERE key IS NOT NULL`
+	SELECT lane, key, n FROM blocked WHERE key IS NOT NULL`
 
 // headsSQL reads the first parked messages of each of the keys $5 in the lanes $4,
-// by index (lane, key, id); $2 rows are per key. Those that are not to be sent now
-// come without payload.
+// by index (lane, key, id); $2 rows are per key, or one if that is not to be sent
+// now. Such come without payload.
 const headsSQL = `WITH page AS (
-		SELECT ` + messageColumns + `, attempts, created_at, lane = ANY($3::smallint[]) AND due AS mine,
+		SELECT ` + messageColumns + `, attempts, created_at, lane = ANY($3::smallint[]) AND due AS mine, false AS behind,
 			CASE WHEN due THEN payload END AS payload, CASE WHEN due THEN octet_length(payload) ELSE 0 END AS bytes,
 			sum(CASE WHEN due THEN octet_length(payload) ELSE 0 END) OVER (ORDER BY id) AS running
 		FROM unnest($4::smallint[], $5::text[]) AS k (lane_wanted, key_wanted)
 		CROSS JOIN LATERAL (
 			SELECT *, reason = 'blocked' OR reason = 'retry' AND due_at <= statement_timestamp() AS due FROM {parked} AS p
 			WHERE p.lane = k.lane_wanted AND p.key = k.key_wanted
-			ORDER BY p.id LIMIT $2
+			ORDER BY p.id LIMIT (
+				SELECT CASE WHEN h.reason = 'blocked' OR h.reason = 'retry' AND h.due_at <= statement_timestamp() THEN $2::int ELSE 1 END
+				FROM {parked} AS h WHERE h.lane = k.lane_wanted AND h.key = k.key_wanted ORDER BY h.id LIMIT 1
+			)
 		) AS d
 	)` + headSQL
 

@@ -3,12 +3,7 @@ package relay
 import (
 	"math/rand/v2"
 	"strings"
-	"sync"
 	"time"
-
-	amqp "github.com/rabbitmq/amqp091-go"
-
-	"github.com/txbox/txbox/internal/wire"
 )
 
 // cause says why the broker does not have a message.
@@ -18,7 +13,8 @@ const (
 	returned   cause = iota // no queue is bound for it
 	nacked                  // a queue refused it
 	missing                 // its exchange does not exist, or we may not write to it
-	suspected               // as missing, but it was not tried
+	silent                  // it was a probe, and had no answer
+	suspected               // it was not tried, since its destination is suspect
 	impossible              // it can never be published
 )
 
@@ -34,31 +30,42 @@ func backOff(failures int) time.Duration {
 	return rand.N(limit) + 10*time.Millisecond
 }
 
-// confirmed: the broker has the message.
-func (r *Relay) confirmed(m *message) {
-	r.suspects.clear(m.exchange)
-	r.refusals.accepted(m)
-	r.counts.published.Add(1)
-	r.hand.confirm(m)
+// confirmed: the broker has the messages.
+func (r *Relay) confirmed(ms []*message) {
+	for _, m := range ms {
+		r.suspects.clear(m)
+		r.refusals.accepted(m)
+	}
+	r.counts.published.Add(int64(len(ms)))
+	r.hand.confirm(ms)
 }
 
 // refuse: the broker will not have it now, or ever. A message whose exchange is
 // missing spends an attempt only as the probe; the others waited for nothing of
-// their own fault.
+// their own fault, as does what goes to a destination that does not answer.
 func (r *Relay) refuse(m *message, why cause, text string) {
 	v := verdict{message: m, reason: "retry", spend: 1, lastError: clip(text)}
 	switch why {
 	case impossible:
 		v.reason = "dead"
 		r.suspects.forget(m)
-	case missing, suspected:
-		if !m.alone {
+	case missing, silent:
+		if !m.alone || why == silent {
 			v.spend = 0
 		}
-		failures, lastError := r.suspects.missing(m, v.lastError)
-		v.delay, v.lastError = backOff(failures), lastError
+		p := placesOf(m)[0]
+		if why == silent {
+			p = placesOf(m)[1]
+		}
+		r.suspects.accuse(p, m, v.lastError)
+		failures, _ := r.suspects.reason(m)
+		v.delay = backOff(failures)
+	case suspected:
+		var failures int
+		failures, v.lastError = r.suspects.reason(m)
+		v.spend, v.delay = 0, backOff(failures)
 	default:
-		r.suspects.clear(m.exchange)
+		r.suspects.clear(m)
 	}
 	if v.delay == 0 {
 		v.delay = backOff(m.attempts)
@@ -84,105 +91,4 @@ func clip(text string) string {
 		text = strings.ToValidUTF8(text[:limit], "")
 	}
 	return text
-}
-
-// suspects are exchanges that the broker said are missing or closed to us. Each
-// message to one would close a channel and disturb its neighbours, so they are
-// parked, and one at a time is tried on a channel of its own.
-type suspects struct {
-	mu         sync.Mutex
-	byExchange map[string]*suspect
-}
-
-type suspect struct {
-	failures int
-	why      string // in the broker's words
-	probe    *message
-	next     time.Time // of the next probe
-}
-
-// maxProbe bounds the pause between two probes of one exchange.
-const maxProbe = 5 * time.Second
-
-// admit says whether m may go out among others. If not, and no other message
-// probes its exchange, m becomes the probe: alone is set.
-func (s *suspects) admit(m *message) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	x := s.byExchange[m.exchange]
-	if x == nil {
-		return true
-	}
-	if m.parked && x.probe == nil && time.Now().After(x.next) {
-		x.probe, m.alone = m, true
-	}
-	return false
-}
-
-// missing makes the exchange of m a suspect for the reason why, or counts the
-// failure of its probe; "" is a message that was not tried. It returns how often
-// probes have failed, and the reason.
-func (s *suspects) missing(m *message, why string) (failures int, reason string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	x := s.byExchange[m.exchange]
-	if x == nil {
-		x = &suspect{why: why}
-		s.byExchange[m.exchange] = x
-	}
-	if why != "" {
-		x.why = why
-	}
-	if why != "" && x.probe == m {
-		x.failures++
-		x.probe = nil
-		x.next = time.Now().Add(min(backOff(x.failures), maxProbe))
-	}
-	return x.failures, x.why
-}
-
-// forget ends the probe that m was, without a result.
-func (s *suspects) forget(m *message) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if x := s.byExchange[m.exchange]; x != nil && x.probe == m {
-		x.probe = nil
-	}
-}
-
-// clear records that an exchange took a message.
-func (s *suspects) clear(exchange string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.byExchange, exchange)
-}
-
-// publishing returns the message as it goes on the wire, or why it cannot: its
-// row may have come from elsewhere than package outbox.
-func (m *message) publishing() (amqp.Publishing, error) {
-	for _, s := range []string{m.exchange, m.routingKey, m.typ, m.contentType} {
-		if err := wire.CheckShortString(s); err != nil {
-			return amqp.Publishing{}, err
-		}
-	}
-	if err := wire.CheckHeaders(m.headers); err != nil {
-		return amqp.Publishing{}, err
-	}
-	headers := make(amqp.Table, len(m.headers)+2)
-	for name, value := range m.headers {
-		headers[name] = value
-	}
-	if m.key != "" {
-		headers[wire.KeyHeader] = m.key
-	}
-	headers[wire.CreatedAtHeader] = m.createdAt.UTC().Format(wire.CreatedAtFormat)
-	return amqp.Publishing{
-		Headers:      headers,
-		ContentType:  m.contentType,
-		DeliveryMode: amqp.Persistent,
-		MessageId:    m.messageID.String(),
-		Timestamp:    m.createdAt,
-		Type:         m.typ,
-		Body:         m.payload,
-	}, nil
 }

@@ -7,7 +7,6 @@ package wire
 import (
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
 	"unicode/utf8"
 )
@@ -36,11 +35,21 @@ const (
 	CreatedAtFormat = "2006-01-02T15:04:05.000000Z07:00"
 )
 
-// reserved matches the header names that RabbitMQ or txbox gives a meaning:
-// CC and BCC add routing keys, the others steer or record delivery.
+// isReserved says that RabbitMQ or txbox gives a header of that name a meaning: CC
+// and BCC add routing keys, the others steer or record delivery.
 // https://www.rabbitmq.com/docs/sender-selected, https://www.rabbitmq.com/docs/dlx
-var reserved = regexp.MustCompile(`^(CC|BCC|x-death|x-delivery-count|x-acquired-count|x-delay|x-received-from|x-shovelled)$` +
-	`|^(outbox|x-first-death|x-last-death|x-opt|x-stream)-`)
+func isReserved(name string) bool {
+	switch name {
+	case "CC", "BCC", "x-death", "x-delivery-count", "x-acquired-count", "x-delay", "x-received-from", "x-shovelled":
+		return true
+	}
+	for _, prefix := range [...]string{HeaderPrefix, "x-first-death-", "x-last-death-", "x-opt-", "x-stream-"} {
+		if strings.HasPrefix(name, prefix) {
+			return true
+		}
+	}
+	return false
+}
 
 // CheckShortString says why s cannot be an exchange, routing key, type, content
 // type or header name.
@@ -73,20 +82,24 @@ func CheckKey(s string) error {
 	return CheckText(s)
 }
 
-// CheckHeaders says why headers cannot travel.
-func CheckHeaders(headers map[string]string) error {
+// CheckHeaders says why headers cannot travel. Their values must be strings.
+func CheckHeaders[V any](headers map[string]V) error {
 	if len(headers) > MaxHeaders {
 		return fmt.Errorf("are %d, the limit is %d", len(headers), MaxHeaders)
 	}
 	size := 0
-	for name, value := range headers {
+	for name, v := range headers {
+		value, ok := any(v).(string)
+		if !ok {
+			return fmt.Errorf("value of %q is no string", name)
+		}
 		if name == "" {
 			return errors.New("have one with an empty name")
 		}
 		if err := CheckShortString(name); err != nil {
 			return fmt.Errorf("name %.40q %w", name, err)
 		}
-		if reserved.MatchString(name) {
+		if isReserved(name) {
 			return fmt.Errorf("name %q is reserved", name)
 		}
 		if err := CheckText(value); err != nil {

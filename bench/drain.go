@@ -1,0 +1,62 @@
+package main
+
+import (
+	"context"
+	"time"
+)
+
+// drain: waiting messages, keyed, to confirmed and deleted.
+func drain(ctx context.Context, b *bench) ([]Result, error) {
+	p, err := newPlace(ctx, b.databaseURL, b.amqpURL, "drain")
+	if err != nil {
+		return nil, err
+	}
+	defer p.close(ctx)
+	const n, keys = 200_000, 10_000
+	var rounds []Round
+	for range b.rounds {
+		ours, err := p.drainOnce(ctx, n, keys)
+		if err != nil {
+			return nil, err
+		}
+		key, err := p.fresh(ctx, "limit")
+		if err != nil {
+			return nil, err
+		}
+		limit, err := bare(b.amqpURL, p.exchange, key, n, keys, bareChannels, bareWindow)
+		if err != nil {
+			return nil, err
+		}
+		b.say("drain: %.0f/s, limit %.0f/s", ours, limit)
+		rounds = append(rounds, Round{Value: ours, Limit: limit, Ratio: ours / limit})
+	}
+	return []Result{sideBySide("rate", "msg/s", 0.90, rounds)}, nil
+}
+
+// The best of those tried: 1 to 8 channels with 100 to 1,000 in flight in each.
+const (
+	bareChannels = 4
+	bareWindow   = 250
+)
+
+// drainOnce returns messages per second.
+func (p *place) drainOnce(ctx context.Context, n, keys int) (float64, error) {
+	key, err := p.fresh(ctx, "ours")
+	if err != nil {
+		return 0, err
+	}
+	if err := p.fill(ctx, n, keys, key); err != nil {
+		return 0, err
+	}
+	began := time.Now()
+	r, err := p.relay(ctx)
+	if err != nil {
+		return 0, err
+	}
+	err = p.drained(ctx, r, int64(n))
+	took := time.Since(began)
+	if err := r.end(); err != nil {
+		return 0, err
+	}
+	return float64(n) / took.Seconds(), err
+}

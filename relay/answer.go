@@ -1,0 +1,187 @@
+package relay
+
+import (
+	"fmt"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+const (
+	// sweepFirst and sweepMost bound how often answers are looked for behind a
+	// message that has none yet.
+	sweepFirst = 2 * time.Millisecond
+	sweepMost  = 50 * time.Millisecond
+	// silentAfter is how long a destination may leave a message without an answer
+	// while others, sent after it, get theirs; doubtFor is how long it has then
+	// still, since answers are read by several goroutines, and sentApart is by how
+	// much later the others must have been sent.
+	silentAfter = 1500 * time.Millisecond
+	doubtFor    = 500 * time.Millisecond
+	sentApart   = 100 * time.Millisecond
+)
+
+// await turns the broker's answers into verdicts, until no more is sent and all is
+// answered. Answers come in any order, most of them in that of sending: it waits
+// for the oldest, and now and then looks at all.
+func (c *channel) await() {
+	var pending []flight
+	sweep := sweepFirst
+	timer := time.NewTimer(sweep)
+	defer timer.Stop()
+	var doubted *amqp.DeferredConfirmation // the oldest, when others overtook it
+	var doubtedAt int64
+	for {
+		if len(pending) == 0 {
+			f, ok := <-c.sent
+			if !ok {
+				return
+			}
+			pending = append(pending, f)
+		}
+		swept := false
+		timer.Reset(sweep)
+		select {
+		case <-pending[0].confirm.Done():
+		case <-timer.C:
+			swept = true
+		}
+		for more := true; more; {
+			select {
+			case f, ok := <-c.sent:
+				if more = ok; ok {
+					pending = append(pending, f)
+				}
+			default:
+				more = false
+			}
+		}
+		before := len(pending)
+		pending = c.collect(pending, swept)
+		switch {
+		case len(pending) < before:
+			sweep = sweepFirst
+		case swept:
+			sweep = min(2*sweep, sweepMost)
+		}
+		if !swept || len(pending) == 0 {
+			continue
+		}
+		oldest := pending[0]
+		if oldest.confirm != doubted && c.overtaken(oldest) {
+			doubted, doubtedAt = oldest.confirm, since()
+		}
+		if oldest.confirm == doubted && since()-doubtedAt > int64(doubtFor) || c.late(oldest) {
+			c.giveUp(oldest)
+		}
+	}
+}
+
+// collectAhead is how many unanswered messages are passed when nothing says that
+// answers come out of order.
+const collectAhead = 32
+
+// collect acts on the answers that have come, and returns the messages without.
+func (c *channel) collect(pending []flight, all bool) []flight {
+	var acked []*message
+	kept, rest := pending[:0], len(pending)
+	for i, f := range pending {
+		if !all && len(kept) == collectAhead {
+			rest = i
+			break
+		}
+		select {
+		case <-f.confirm.Done():
+		default:
+			kept = append(kept, f)
+			continue
+		}
+		<-c.slots
+		switch {
+		case f.confirm.Acked():
+			c.answered(f.at)
+			acked = append(acked, f.message)
+		case c.ch.IsClosed() || c.conn.IsClosed():
+			c.orphan(f.message) // a closed channel answers like a nack
+		default:
+			c.relay.refuse(f.message, nacked, "nacked by the broker")
+		}
+	}
+	kept = append(kept, pending[rest:]...)
+	clear(pending[len(kept):])
+	c.confirmed(acked)
+	return kept
+}
+
+// confirmed tells those that were returned from those that the broker has. The
+// client delivers a return before it resolves the confirm, so it is here by now.
+func (c *channel) confirmed(acked []*message) {
+	for len(c.returns) > 0 {
+		if ret, ok := <-c.returns; ok {
+			key := returnKey{ret.MessageId, destination{ret.Exchange, ret.RoutingKey}}
+			c.returned[key] = append(c.returned[key], ret)
+		}
+	}
+	if len(c.returned) > 0 {
+		kept := acked[:0]
+		for _, m := range acked {
+			if ret, ok := c.takeReturn(m); ok {
+				c.relay.refuse(m, returned, fmt.Sprintf("returned by the broker: %d %s", ret.ReplyCode, ret.ReplyText))
+			} else {
+				kept = append(kept, m)
+			}
+		}
+		acked = kept
+	}
+	if len(acked) > 0 {
+		c.relay.confirmed(acked)
+	}
+}
+
+func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
+	key := returnKey{m.messageID.String(), m.destination}
+	all := c.returned[key]
+	if len(all) == 0 {
+		return amqp.Return{}, false
+	}
+	if c.returned[key] = all[1:]; len(all) == 1 {
+		delete(c.returned, key)
+	}
+	return all[0], true
+}
+
+// late says that a message has had no answer for too long, while the broker took
+// messages.
+func (c *channel) late(f flight) bool {
+	blocked, open := c.blockedSince()
+	return !blocked && since()-max(f.at, open) > int64(c.relay.pub.cfg.ConfirmTimeout)
+}
+
+// overtaken says that a message has had no answer for a while, and others that
+// were sent after it have. The oldest of a channel can blame nobody but its
+// destination: what else the channel sent waits behind it.
+func (c *channel) overtaken(f flight) bool {
+	blocked, open := c.blockedSince()
+	return !c.prober && !blocked && since()-max(f.at, open) > int64(silentAfter) &&
+		c.lastAnswered.Load() > f.at+int64(sentApart)
+}
+
+// giveUp ends what a message without an answer is in: of a prober the channel, else
+// the connection, since the broker reads nothing more from it while one of its
+// channels waits for a queue. All that is in flight there is published again.
+func (c *channel) giveUp(f flight) {
+	if c.prober {
+		c.overdue = f.message
+		stop := time.AfterFunc(c.relay.pub.cfg.ConfirmTimeout, c.conn.Cut)
+		defer stop.Stop()
+		c.ch.Close() // resolves what is in flight, whatever it returns
+		return
+	}
+	err := fmt.Errorf("no answer from the broker within %s", c.relay.pub.cfg.ConfirmTimeout)
+	if c.overtaken(f) {
+		err = fmt.Errorf("no answer for exchange %q, routing key %q within %s, while others had theirs", f.exchange, f.routingKey, silentAfter)
+		c.relay.suspects.accuse(place{f.destination, false}, f.message, "its destination does not answer")
+	}
+	c.fail(err)
+	c.conn.Cut()
+}

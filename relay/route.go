@@ -1,0 +1,99 @@
+package relay
+
+// route is the messages in the hand that go to one destination. Those that are
+// ready are taken in turn with other destinations', and no destination may fill
+// the window while there are others: a slow queue would stop them.
+type route struct {
+	destination
+	ready    []*message
+	inFlight int
+	inTurn   bool
+}
+
+const (
+	quantum  = 32 // messages taken from a route at its turn
+	minShare = 4  // a destination has a quarter of the window at least
+)
+
+// share is how many messages of one destination may be in flight.
+func (h *hand) share() int { return channels * window / min(minShare, max(1, len(h.routes))) }
+
+// push makes m ready to be taken.
+func (h *hand) push(m *message) {
+	r := h.routes[m.destination]
+	if r == nil {
+		r = &route{destination: m.destination}
+		h.routes[m.destination] = r
+	}
+	m.route = r
+	r.ready = append(r.ready, m)
+	h.waits(m, 1)
+	h.offer(r)
+}
+
+// offer puts a route into the turn if something may be taken of it.
+func (h *hand) offer(r *route) {
+	if !r.inTurn && len(r.ready) > 0 && r.inFlight < h.share() {
+		r.inTurn = true
+		h.turn = append(h.turn, r)
+		notify(h.some)
+	}
+}
+
+// take takes at most limit messages to publish, which its caller confirms, refuses,
+// drops or retries.
+func (h *hand) take(limit int) (taken []*message) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for len(taken) < limit && len(h.turn) > 0 {
+		r := h.turn[0]
+		h.turn[0], h.turn = nil, h.turn[1:]
+		r.inTurn = false
+		n := max(0, min(quantum, len(r.ready), limit-len(taken), h.share()-r.inFlight))
+		for _, m := range r.ready[:n] {
+			h.waits(m, -1)
+			h.busy[m.lane]++
+		}
+		taken = append(taken, r.ready[:n]...)
+		clear(r.ready[:n])
+		r.ready = r.ready[n:]
+		r.inFlight += n
+		h.inFlight += n
+		h.offer(r)
+	}
+	if len(h.turn) > 0 {
+		notify(h.some)
+	}
+	return taken
+}
+
+// release gives the place of m in the window to another.
+func (h *hand) release(m *message) {
+	r := m.route
+	if r == nil {
+		return
+	}
+	m.route = nil
+	r.inFlight--
+	h.inFlight--
+	if r.inFlight == 0 && len(r.ready) == 0 {
+		delete(h.routes, r.destination)
+	}
+	h.offer(r)
+}
+
+// crowds says that m would only wait for its destination, which confirms more
+// slowly than messages for it come.
+func (h *hand) crowds(m *message) bool {
+	r := h.routes[m.destination]
+	return r != nil && r.inFlight >= h.share()
+}
+
+// apart releases messages that are taken and will not be published among others.
+func (h *hand) apart(ms []*message) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range ms {
+		h.release(m)
+	}
+}
