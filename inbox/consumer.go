@@ -58,8 +58,9 @@ type Config struct {
 	Credentials func(context.Context) (user, password string, err error)
 	// AllowPlaintext permits amqp:// to a host that is not loopback; default no.
 	AllowPlaintext bool
-	// Logger gets one line per change of state, and at most one in 10 s about
-	// handlers that fail; default slog.Default().
+	// Logger gets one line per change of state, and at most one in 10 s each about
+	// messages that are parked for another attempt and for a human; default
+	// slog.Default().
 	Logger *slog.Logger
 }
 
@@ -73,7 +74,7 @@ type Consumer struct {
 	cfg     Config
 	log     *slog.Logger
 
-	failureSaid atomic.Int64 // when a failure of a handler was logged last, in Unix nanoseconds
+	retrySaid, deadSaid rarely // what is logged of parked messages
 
 	running atomic.Bool
 	// Between the connection and the workers: one queue for each worker, with the

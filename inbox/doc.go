@@ -46,8 +46,8 @@
 //	err = consumer.Run(ctx)
 //
 // Run ends with ctx and otherwise waits for whatever is away; [Consumer.Ready]
-// says what that is. A failed message is tried again after about a second, later
-// after up to a minute, [Config.MaxAttempts] times; [Reject] and [RetryAfter] say
+// says what that is. A failed message is tried again within a second, later
+// within a minute, [Config.MaxAttempts] times; [Reject] and [RetryAfter] say
 // otherwise. An outage of database or broker spends no attempts.
 //
 // Messages with one Key are handled in the order in which this consumer receives

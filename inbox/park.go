@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -57,7 +58,7 @@ func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) 
 	if v != blocked {
 		c.count(func(s *Stats) { s.Failures++ })
 		reason, attempts, delay = c.fate(err, 1)
-		c.sayFailure(e.id(), reason, err)
+		c.sayFailure(e.id(), reason, 1, err)
 	}
 	rows, ok := c.persist(live, c.parkStatement(e, v, reason, attempts, delay, err))
 	switch {
@@ -74,19 +75,42 @@ func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) 
 	return true
 }
 
-// sayFailure logs that a handler failed, at most once in failureEvery. What it
-// leaves out stands in inbox_parked.
-func (c *Consumer) sayFailure(id, reason string, err error) {
-	now := time.Now().UnixNano()
-	last := c.failureSaid.Load()
-	if last != 0 && now-last < int64(failureEvery) || !c.failureSaid.CompareAndSwap(last, now) {
+// sayFailure logs that a message is parked after its attempt failed, or for lack of
+// a usable ID. What it leaves out stands in inbox_parked.
+func (c *Consumer) sayFailure(id, reason string, attempt int, err error) {
+	said := &c.deadSaid // waits for a human
+	if reason == reasonRetry {
+		said = &c.retrySaid
+	}
+	unsaid, ok := said.allow()
+	if !ok {
 		return
 	}
 	text, _, _ := strings.Cut(lastError(err), "\n")
-	c.log.Warn("inbox: a handler failed", "message_id", id, "parked", reason, "error", text)
+	c.log.Warn("inbox: a message is parked", "message_id", id, "reason", reason, "attempt", attempt,
+		"of", c.cfg.MaxAttempts, "error", text, "more", unsaid)
 }
 
-const failureEvery = 10 * time.Second
+// rarely lets something be said once in sayEvery.
+type rarely struct {
+	mu     sync.Mutex
+	last   time.Time
+	unsaid int // since then
+}
+
+const sayEvery = 10 * time.Second
+
+func (r *rarely) allow() (unsaid int, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if time.Since(r.last) < sayEvery {
+		r.unsaid++
+		return 0, false
+	}
+	unsaid = r.unsaid
+	r.last, r.unsaid = time.Now(), 0
+	return unsaid, true
+}
 
 // parkStatement parks a message; after the handler ended the transaction, without
 // asking whether it is recorded, since nobody knows what else was committed.
@@ -111,6 +135,7 @@ func (c *Consumer) parkUnusable(live context.Context, e envelope, err error) boo
 		c.cfg.Name, reason, e.digestOfAll(), lastError(err), pack(e.properties), pack(e.headers), e.body,
 	}})
 	if ok && rows > 0 {
+		c.sayFailure(e.id(), reason, 0, err)
 		c.parked(reason)
 	}
 	return ok
@@ -318,7 +343,7 @@ func (c *Consumer) settle(live context.Context, p *parkedMessage, v verdict, err
 		reason, attempts, delay = reasonRetry, p.attempts-1, 0
 	} else {
 		c.count(func(s *Stats) { s.Failures++ })
-		c.sayFailure(p.envelope.id(), reason, err)
+		c.sayFailure(p.envelope.id(), reason, p.attempts, err)
 	}
 	s := statement{settleSQL(c.cfg.Schema), []any{p.id, p.token, reason, attempts, lastError(err), delay.Seconds()}}
 	if v == ended {

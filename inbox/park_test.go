@@ -440,3 +440,21 @@ func TestCreatedAtIsThatOfTheOutbox(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// What needs a human is told, whatever is said of messages that will be tried again.
+func TestLogTellsWhatWaitsForAHuman(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	log := &lockedBuffer{}
+	cfg := b.config(t)
+	cfg.Logger = log.logger()
+	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(_ context.Context, _ pgx.Tx, m inbox.Message) error { return errors.New("no") }, cfg)
+	b.publish(t, numbered(1)...)
+	c.waitFor(t, "a failure", func(s inbox.Stats) bool { return s.Failures >= 1 })
+	b.publish(t, amqp.Publishing{Body: []byte("no ID")})
+	c.waitFor(t, "a message without an ID", func(s inbox.Stats) bool { return s.Parked["missing_id"] == 1 })
+	c.stop()
+	if text := log.String(); strings.Count(text, "reason=retry") != 1 || strings.Count(text, "reason=missing_id") != 1 {
+		t.Errorf("the log is:\n%s", text)
+	}
+}

@@ -89,7 +89,7 @@ func (l *leases) lapse() {
 		return
 	}
 	l.lost.Add(1)
-	l.log.Warn("lease ended before it was renewed; all lanes given up", "relay", l.name)
+	l.log.Warn("relay: lease ended before it was renewed; all lanes given up")
 	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]bool{}, 0
 }
 
@@ -158,7 +158,7 @@ func (l *leases) retire(ctx context.Context) error {
 	if !held {
 		return nil
 	}
-	l.log.Warn("broker away for longer than the lease; all lanes given up", "relay", l.name)
+	l.log.Warn("relay: broker away for longer than the lease; all lanes given up")
 	all := make([]int16, lanes)
 	for i := range all {
 		all[i] = int16(i)

@@ -4,16 +4,19 @@ import (
 	"log/slog"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // refusals logs which destinations refuse messages: a line when one begins to, and
-// one when it takes them again.
+// one when it takes them again; and that messages are dead.
 type refusals struct {
 	log   *slog.Logger
 	count atomic.Int64 // of destinations, so that what is confirmed need not lock
 
 	mu           sync.Mutex
 	destinations map[destination]bool
+	deadAt       time.Time // when dead messages were mentioned last
+	unsaid       int       // dead messages since
 }
 
 // maxRefusals bounds the destinations that are remembered, and so the lines.
@@ -28,7 +31,7 @@ func (f *refusals) refused(m *message, reason, text string) {
 	}
 	f.destinations[d] = true
 	f.count.Store(int64(len(f.destinations)))
-	f.log.Warn("messages are refused; they are parked", "exchange", m.exchange, "routing_key", m.routingKey,
+	f.log.Warn("relay: messages are refused; they are parked", "exchange", m.exchange, "routing_key", m.routingKey,
 		"reason", reason, "error", text)
 }
 
@@ -42,6 +45,22 @@ func (f *refusals) accepted(m *message) {
 	if f.destinations[d] {
 		delete(f.destinations, d)
 		f.count.Store(int64(len(f.destinations)))
-		f.log.Info("messages are accepted again", "exchange", m.exchange, "routing_key", m.routingKey)
+		f.log.Info("relay: messages are accepted again", "exchange", m.exchange, "routing_key", m.routingKey)
 	}
+}
+
+// deadEvery bounds the lines about dead messages.
+const deadEvery = 10 * time.Second
+
+// dead says that a message waits for a human.
+func (f *refusals) dead(v verdict) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if time.Since(f.deadAt) < deadEvery {
+		f.unsaid++
+		return
+	}
+	f.log.Error("relay: a message is dead; it waits for a human in outbox_parked", "id", v.id, "message_id", v.messageID,
+		"exchange", v.exchange, "routing_key", v.routingKey, "error", v.lastError, "more", f.unsaid)
+	f.deadAt, f.unsaid = time.Now(), 0
 }

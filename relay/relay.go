@@ -48,6 +48,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
 	r.suspects, r.isolation.some = newSuspects(), make(chan struct{}, 1)
+	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]bool)
 	for c, what := range map[*condition]string{
 		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
@@ -67,6 +68,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	r.settler = &settler{
 		db: db, sql: sql, hand: r.hand, leases: r.leases, retryFor: cfg.RetryFor, health: &r.settling,
+		dead: r.refusals.dead,
 	}
 	return r, nil
 }

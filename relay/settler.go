@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -19,6 +20,7 @@ type settler struct {
 	leases   *leases
 	retryFor time.Duration
 	health   *condition
+	dead     func(v verdict) // is told of messages that wait for a human
 }
 
 const (
@@ -104,15 +106,38 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 			return fmt.Errorf("park refused messages: %w", err)
 		}
 	}
+	var died map[int64]bool
 	if len(parked) > 0 {
-		if err := s.exec(ctx, s.sql.repark, append(s.arrays(parked), s.retryFor.Seconds())...); err != nil {
+		var err error
+		if died, err = s.parkAgain(ctx, parked); err != nil {
 			return fmt.Errorf("park refused messages again: %w", err)
 		}
 	}
 	for _, v := range refused {
+		if v.reason == "dead" || died[v.id] {
+			s.dead(v)
+		}
 		s.hand.settled(v.message)
 	}
 	return nil
+}
+
+// parkAgain returns which messages are dead now.
+func (s *settler) parkAgain(ctx context.Context, refused []verdict) (died map[int64]bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
+	defer cancel()
+	rows, err := s.db.Query(ctx, s.sql.repark, append(append([]any{unplanned}, s.arrays(refused)...), s.retryFor.Seconds())...)
+	if err != nil {
+		return nil, err
+	}
+	died = make(map[int64]bool)
+	var id int64
+	var dead bool
+	_, err = pgx.ForEachRow(rows, []any{&id, &dead}, func() error {
+		died[id] = dead
+		return nil
+	})
+	return died, err
 }
 
 func (s *settler) arrays(refused []verdict) []any {

@@ -215,7 +215,7 @@ const parkSQL = `WITH ` + refusedRows + `, moved AS (
 	FROM moved`
 
 // reparkSQL records another verdict on messages that were parked already. From
-// its first refusal a message has $10 seconds until it is dead.
+// its first refusal a message has $10 seconds until it is dead, which is returned.
 const reparkSQL = `WITH ` + refusedRows + `
 	UPDATE {parked} AS p SET
 		reason = v.reason,
@@ -230,4 +230,5 @@ const reparkSQL = `WITH ` + refusedRows + `
 			THEN 'dead' ELSE r.reason END AS reason
 		FROM {parked} AS q WHERE q.id = r.id
 	) AS v
-	WHERE p.id = r.id AND p.message_id = r.message_id AND p.reason IN ('scheduled', 'retry', 'blocked')`
+	WHERE p.id = r.id AND p.message_id = r.message_id AND p.reason IN ('scheduled', 'retry', 'blocked')
+	RETURNING p.id, p.reason = 'dead'`

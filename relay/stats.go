@@ -12,7 +12,8 @@ import (
 var errNotStarted = errors.New("not started")
 
 // condition is something that holds or fails, such as the way to the broker. It
-// logs a line when that changes, or the reason does, not for each failure.
+// logs a line when that changes or the reason does, and now and then while it
+// fails, not for each failure.
 type condition struct {
 	what string
 	log  *slog.Logger
@@ -38,20 +39,26 @@ func (c *condition) set(err error) {
 	defer c.mu.Unlock()
 	before := c.err
 	c.err = err
+	began := err != nil && (before == nil || before == errNotStarted)
+	if began {
+		c.since = time.Now()
+	}
 	switch {
-	case err != nil && (before == nil || before == errNotStarted):
-		c.since, c.said = time.Now(), time.Now()
-		c.log.Warn(c.what+" fails", "error", err)
-	case err != nil && err.Error() != before.Error() && time.Since(c.said) > reasonEvery:
+	case began:
 		c.said = time.Now()
-		c.log.Warn(c.what+" fails still", "error", err)
+		c.log.Warn("relay: "+c.what+" fails; trying again until it works", "error", err)
+	case err != nil && (time.Since(c.said) > remindEvery || err.Error() != before.Error() && time.Since(c.said) > reasonEvery):
+		c.said = time.Now()
+		c.log.Warn("relay: "+c.what+" still fails", "error", err, "since", c.since)
 	case err == nil && before != nil:
-		c.log.Info(c.what + " works")
+		c.log.Info("relay: " + c.what + " works")
 	}
 }
 
-// reasonEvery bounds the lines of a failure whose reason changes.
-const reasonEvery = 5 * time.Second
+const (
+	reasonEvery = 5 * time.Second // bounds the lines of a failure whose reason changes
+	remindEvery = time.Minute     // of one that goes on
+)
 
 func (c *condition) get() error {
 	c.mu.Lock()

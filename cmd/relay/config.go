@@ -112,7 +112,7 @@ func readSecret(path string) (string, error) {
 	return value, err
 }
 
-var errMalformed = errors.New("malformed; want scheme://user:password@host:port/name, with @ : / ? # % in user and password percent-encoded")
+var errMalformed = errors.New("malformed; want postgres://user:password@host:port/name, with @ : / ? # % in user and password percent-encoded")
 
 // checkAt finds passwords that are not percent-encoded: all that end the host
 // part too early leave an @ behind it, and a piece of the password in a place

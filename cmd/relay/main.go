@@ -70,6 +70,8 @@ func run(ctx context.Context, args, environ []string, stdout, stderr io.Writer) 
 		args = []string{"--help"}
 	case args[0] == "help": // as the go command has it: relay help run
 		args = append(args[1:], "--help")
+	case args[0] == "--version":
+		args = []string{"version"}
 	}
 	unsetEmptyVariables(environ)
 	known, unknown := unknownArguments(parser.Model.Node, args)

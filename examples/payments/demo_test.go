@@ -26,7 +26,7 @@ func TestLedgerIsExactWhileTheRelayIsKilled(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%s:\n%s", err, output)
 	}
-	for _, want := range []string{"relay killed with -9 (5 of 5)", "exactly once"} {
+	for _, want := range []string{"a relay killed with -9 (5 of 5)", "exactly once"} {
 		if !strings.Contains(string(output), want) {
 			t.Errorf("%q is not in:\n%s", want, output)
 		}

@@ -19,10 +19,11 @@ type faults struct {
 // next one hits a relay that is busy.
 func (d *demo) inject(ctx context.Context, services *services) error {
 	kill := func() error {
-		services.relay.kill()
+		i := d.faults.killed % len(services.relays)
+		services.relays[i].kill()
 		d.faults.killed++
-		d.say("relay killed with -9 (%d of 5); starting another", d.faults.killed)
-		return services.startRelay()
+		d.say("a relay killed with -9 (%d of 5); starting another", d.faults.killed)
+		return services.startRelay(i)
 	}
 	closeAll := func() error {
 		if d.control == "" {

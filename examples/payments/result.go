@@ -53,12 +53,7 @@ func (d *demo) withChannel(do func(*amqp.Channel) error) error {
 // there is something, they go on.
 func (d *demo) settle(ctx context.Context, services *services) error {
 	for {
-		err := await(ctx, settleLimit, "everything is published and consumed", func() bool {
-			ready, tapped := d.queued()
-			return ready == 0 && d.unpublished(ctx) == 0 &&
-				count(ctx, d.naiveDB, "charges") >= tapped && count(ctx, d.ledgerDB, "charges") >= int64(d.orders)
-		})
-		if err != nil {
+		if err := d.awaitConsumed(ctx); err != nil {
 			return err
 		}
 		if err := services.stopConsumers(); err != nil {
@@ -69,11 +64,32 @@ func (d *demo) settle(ctx context.Context, services *services) error {
 			return err
 		}
 		if ready == 0 {
-			return services.relay.stop()
+			return services.stopRelays()
 		}
 		if err := services.startConsumers(); err != nil {
 			return err
 		}
+	}
+}
+
+// awaitConsumed waits until everything is published and consumed, for as long as
+// there is progress.
+func (d *demo) awaitConsumed(ctx context.Context) error {
+	var before, now struct{ unpublished, ready, tapped, naive, ledger int64 }
+	for {
+		err := await(ctx, settleLimit, "any progress", func() bool {
+			now.ready, now.tapped = d.queued()
+			now.unpublished, now.naive, now.ledger = d.unpublished(ctx), count(ctx, d.naiveDB, "charges"), count(ctx, d.ledgerDB, "charges")
+			return now != before
+		})
+		if err != nil {
+			return fmt.Errorf("%w; %d messages are not published, %d wait in the queues, the ledger has charged %d of %d orders",
+				err, now.unpublished, now.ready, now.ledger, d.orders)
+		}
+		if now.ready == 0 && now.unpublished == 0 && now.naive >= now.tapped && now.ledger >= int64(d.orders) {
+			return nil
+		}
+		before = now
 	}
 }
 

@@ -12,11 +12,12 @@ import (
 	"time"
 )
 
-// services are the processes of the demo: three services and a relay.
+// services are the processes of the demo: three services and two relays.
 type services struct {
-	demo                         *demo
-	address                      string // of the order service
-	orders, ledger, naive, relay *process
+	demo                  *demo
+	address               string // of the order service
+	orders, ledger, naive *process
+	relays                [2]*process
 }
 
 // process is a child. Its exit is awaited from the start, so that it can be asked
@@ -54,8 +55,10 @@ func (s *services) start(ctx context.Context) error {
 	if err := s.startConsumers(); err != nil {
 		return err
 	}
-	if err := s.startRelay(); err != nil {
-		return err
+	for i := range s.relays {
+		if err := s.startRelay(i); err != nil {
+			return err
+		}
 	}
 	return await(ctx, 10*time.Second, "the order service listens", func() bool {
 		conn, err := net.Dial("tcp", s.address)
@@ -81,10 +84,22 @@ func (s *services) stopConsumers() error {
 
 // startRelay sets short times, so that what a fault costs is soon over. With the
 // defaults all would be right too, only later.
-func (s *services) startRelay() (err error) {
-	s.relay, err = s.run("relay", "orders", s.demo.relayPath,
-		"run", "--lease=1s", "--confirm-timeout=1s", "--write-timeout=1s")
+func (s *services) startRelay(i int) (err error) {
+	s.relays[i], err = s.run(fmt.Sprintf("relay-%d", i+1), "orders", s.demo.relayPath,
+		"run", "--lease=2s", "--confirm-timeout=2s", "--write-timeout=2s")
 	return err
+}
+
+// stopRelays returns when what they had in hand is confirmed.
+func (s *services) stopRelays() (err error) {
+	for _, relay := range s.relays {
+		err = errors.Join(err, relay.stop())
+	}
+	return err
+}
+
+func (s *services) all() []*process {
+	return append([]*process{s.naive, s.ledger, s.orders}, s.relays[:]...)
 }
 
 // service runs this program as the service of that name, with its own database.
@@ -148,7 +163,7 @@ func (p *process) kill() {
 
 // alive reports whether all run, and which does not.
 func (s *services) alive() error {
-	for _, p := range []*process{s.orders, s.ledger, s.naive, s.relay} {
+	for _, p := range s.all() {
 		select {
 		case <-p.exited:
 			return fmt.Errorf("%s has exited: %s", p.cmd, p.cmd.ProcessState)
@@ -159,7 +174,7 @@ func (s *services) alive() error {
 }
 
 func (s *services) kill() {
-	for _, p := range []*process{s.relay, s.naive, s.ledger, s.orders} {
+	for _, p := range s.all() {
 		p.kill()
 	}
 }

@@ -36,10 +36,10 @@ func CheckVersion(ctx context.Context, db Querier, name string) error {
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501":
-		return fmt.Errorf("%w: schema %q: %s; the package's documentation lists what the role must be granted",
+		return fmt.Errorf("%w: schema %q: %s; the documentation of packages relay and inbox lists what their roles must be granted",
 			ErrNotReady, name, pgErr.Message)
 	case errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000"):
-		return fmt.Errorf("%w: schema %q: %s; run \"relay migrate up\"", ErrNotReady, name, pgErr.Message)
+		return fmt.Errorf("%w: schema %q: %s; run \"relay migrate up%s\"", ErrNotReady, name, pgErr.Message, flag(name))
 	case errors.Is(err, pgx.ErrNoRows):
 		return fmt.Errorf("%w: schema %q: txbox_version is empty", ErrNotReady, name)
 	case err != nil:
@@ -48,10 +48,18 @@ func CheckVersion(ctx context.Context, db Querier, name string) error {
 		return fmt.Errorf("%w: schema %q has version %d and serves programs since version %d, this one is of version %d",
 			ErrIncompatible, name, version, compatibleSince, Version)
 	case version < Version:
-		return fmt.Errorf("%w: schema %q has version %d, this program wants %d; run \"relay migrate up\"",
-			ErrNotReady, name, version, Version)
+		return fmt.Errorf("%w: schema %q has version %d, this program wants %d; run \"relay migrate up%s\"",
+			ErrNotReady, name, version, Version, flag(name))
 	}
 	return nil
+}
+
+// flag is what the command needs to migrate the schema.
+func flag(name string) string {
+	if name == Default {
+		return ""
+	}
+	return " --schema=" + name
 }
 
 // CheckSession returns nil if the sessions of db can do the work: they may write,

@@ -71,6 +71,9 @@ func NewDialer(urls string, cfg Config) (*Dialer, error) {
 // checkURL never quotes what it could not parse: the password may be anywhere
 // in it, also in the words of url.Parse's error.
 func checkURL(raw string, allowPlaintext bool) error {
+	if raw == "" {
+		return errors.New("is empty")
+	}
 	u, err := url.Parse(raw)
 	if err != nil {
 		return errors.New("malformed; percent-encode special characters in user and password")
@@ -85,7 +88,7 @@ func checkURL(raw string, allowPlaintext bool) error {
 		return errors.New("the port is not one of 1 to 65535")
 	}
 	if u.Scheme == "amqp" && !allowPlaintext && !isLoopback(u.Hostname()) {
-		return fmt.Errorf("plaintext to %q, which is not loopback: use amqps:// or allow plaintext explicitly", u.Hostname())
+		return fmt.Errorf("plaintext to %q, which is not loopback: use amqps://, or set AllowPlaintext", u.Hostname())
 	}
 	return nil
 }
