@@ -36,10 +36,11 @@ type flight struct {
 	at      int64 // when it was sent, by our monotonic clock
 }
 
-// source is where a channel takes its messages. Of one without some it takes until
-// there is none.
+// source is where a channel takes its messages, and gives back those that it did
+// not send. Of one without some it takes until there is none.
 type source struct {
 	take func(limit int) []*message
+	back func([]*message)
 	some <-chan struct{}
 }
 
@@ -130,9 +131,7 @@ func (c *channel) publishSome(ctx context.Context, from source) bool {
 		case <-ctx.Done():
 		}
 		if !c.send(ctx, m) {
-			for _, m := range ms[i+1:] {
-				c.relay.hand.retry(m)
-			}
+			from.back(ms[i+1:])
 			return false
 		}
 	}

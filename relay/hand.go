@@ -218,16 +218,20 @@ func (h *hand) block(m *message) {
 }
 
 // retry takes back a message whose fate is unknown: it is published again.
-func (h *hand) retry(m *message) {
+func (h *hand) retry(m *message) { h.retryAll([]*message{m}) }
+
+func (h *hand) retryAll(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.busy[m.lane]--
-	h.release(m)
-	if m.alone {
-		h.alone = append(h.alone, m)
-		notify(h.probes)
-	} else {
-		h.push(m)
+	for _, m := range ms {
+		h.busy[m.lane]--
+		h.release(m)
+		if m.alone {
+			h.alone = append(h.alone, m)
+			notify(h.probes)
+		} else {
+			h.push(m)
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package relay
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,47 +16,77 @@ import (
 type isolation struct {
 	mu     sync.Mutex
 	before map[int64]bool // in flight when a connection last died
-	groups [][]*message
+	groups []group
 	some   chan struct{}
+}
+
+// group is messages to be published apart.
+type group struct {
+	messages []*message
+	alone    int       // connections ended while there was one message on them
+	through  int64     // messages that the relay had published when it came to be
+	after    time.Time // not before
 }
 
 // died returns those of the messages in flight at the end of a connection that may
 // go out among others again; the rest is to be published apart.
-func (i *isolation) died(inFlight []*message, explained bool) (others []*message) {
+func (i *isolation) died(inFlight []*message, explained bool, published int64) (others []*message) {
 	i.mu.Lock()
-	defer i.mu.Unlock()
 	before := i.before
 	i.before = nil
-	if explained {
-		return inFlight
+	if !explained {
+		i.before = make(map[int64]bool, len(inFlight))
 	}
-	i.before = make(map[int64]bool, len(inFlight))
-	var group []*message
+	var both []*message
 	for _, m := range inFlight {
-		i.before[m.id] = true
-		if before[m.id] {
-			group = append(group, m)
+		if !explained {
+			i.before[m.id] = true
+		}
+		if !explained && before[m.id] {
+			both = append(both, m)
 		} else {
 			others = append(others, m)
 		}
 	}
-	if len(group) > 0 {
-		i.groups = append(i.groups, group)
-		notify(i.some)
+	i.mu.Unlock()
+	if len(both) > 0 {
+		i.add(group{messages: both, through: published})
 	}
 	return others
 }
 
-func (i *isolation) take() (group []*message) {
+func (i *isolation) add(groups ...group) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if len(i.groups) > 0 {
-		group, i.groups = i.groups[0], i.groups[1:]
+	i.groups = append(i.groups, groups...)
+	notify(i.some)
+}
+
+// take returns the next group, or how long none is due.
+func (i *isolation) take() (g group, wait time.Duration) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	wait = time.Hour
+	for at, g := range i.groups {
+		left := time.Until(g.after)
+		if left <= 0 {
+			i.groups = slices.Delete(i.groups, at, at+1)
+			return g, 0
+		}
+		wait = min(wait, left)
 	}
-	if len(i.groups) > 0 {
-		notify(i.some)
+	return group{}, wait
+}
+
+// clear returns all messages that were to be published apart.
+func (i *isolation) clear() (all []*message) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for _, g := range i.groups {
+		all = append(all, g.messages...)
 	}
-	return group
+	i.groups = nil
+	return all
 }
 
 // explained says that the end of a connection was ordered, by an operator of the
@@ -67,44 +98,47 @@ func explained(cause error) bool {
 
 // isolate publishes apart what may have ended connections, until ctx ends.
 func (r *Relay) isolate(ctx, hard context.Context) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
 		select {
 		case <-r.isolation.some:
-			r.halve(ctx, hard, r.isolation.take())
+		case <-timer.C:
 		case <-ctx.Done():
-			for group := r.isolation.take(); group != nil; group = r.isolation.take() {
-				r.unknownAll(group)
-			}
+			r.unknownAll(r.isolation.clear())
 			return
 		}
+		g, wait := r.isolation.take()
+		if len(g.messages) > 0 {
+			r.isolateOne(ctx, hard, g)
+		}
+		timer.Reset(wait)
 	}
 }
 
-// halve publishes a group, and if that ends the connection each half of it. One
-// message that does so time and again is dead, once others have got through
-// meanwhile: until then it may be the broker.
-func (r *Relay) halve(ctx, hard context.Context, group []*message) {
-	through := r.counts.published.Load()
-	for alone := 0; len(group) > 0; {
-		if len(group) == 1 {
-			alone++
+// isolateOne publishes a group; if that ends the connection each half of it is
+// next. One message that does so time and again is dead, once others have got
+// through meanwhile: until then it may be the broker.
+func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
+	alone := len(g.messages) == 1
+	g.messages = r.publishApart(ctx, hard, g.messages)
+	n := len(g.messages)
+	if alone {
+		g.alone++
+	}
+	switch {
+	case n == 0:
+	case ctx.Err() != nil:
+		r.unknownAll(g.messages)
+	case n > 1:
+		r.isolation.add(group{messages: g.messages[:n/2], through: g.through}, group{messages: g.messages[n/2:], through: g.through})
+	case g.alone > 1 && r.counts.published.Load() > g.through:
+		r.refuse(g.messages[0], impossible, "the connection to the broker ends each time this message is published, also when it is alone")
+	default:
+		if g.alone > 1 {
+			g.after = time.Now().Add(backOff(g.alone))
 		}
-		left := r.publishApart(ctx, hard, group)
-		switch {
-		case ctx.Err() != nil:
-			r.unknownAll(left)
-			return
-		case len(left) > 1:
-			r.halve(ctx, hard, left[:len(left)/2])
-			r.halve(ctx, hard, left[len(left)/2:])
-			return
-		case len(left) == 1 && alone > 1 && r.counts.published.Load() > through:
-			r.refuse(left[0], impossible, "the connection to the broker ends each time this message is published, also when it is alone")
-			return
-		}
-		if group = left; alone > 1 {
-			_ = pause(ctx, backOff(alone)) // publishApart sees the end of ctx
-		}
+		r.isolation.add(g)
 	}
 }
 
@@ -124,12 +158,15 @@ func (r *Relay) publishApart(ctx, hard context.Context, group []*message) []*mes
 	defer stop()
 	c, err := s.newChannel(len(group), false)
 	if err == nil {
-		c.publish(ctx, source{take: func(limit int) []*message {
-			n := min(limit, len(group))
-			taken := group[:n]
-			group = group[n:]
-			return taken
-		}})
+		c.publish(ctx, source{
+			take: func(limit int) []*message {
+				n := min(limit, len(group))
+				taken := group[:n]
+				group = group[n:]
+				return taken
+			},
+			back: func(ms []*message) { group = append(ms, group...) },
+		})
 	}
 	s.end()
 	return append(s.orphans, group...) // with what was not sent

@@ -53,17 +53,17 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 
 	var publishers sync.WaitGroup
 	for range channels {
-		publishers.Go(func() { s.serve(ctx, source{r.hand.take, r.hand.some}, window, false) })
+		publishers.Go(func() { s.serve(ctx, source{r.hand.take, r.hand.retryAll, r.hand.some}, window, false) })
 	}
 	for range probers {
-		publishers.Go(func() { s.serve(ctx, source{r.hand.takeAlone, r.hand.probes}, 1, true) })
+		publishers.Go(func() { s.serve(ctx, source{r.hand.takeAlone, r.hand.retryAll, r.hand.probes}, 1, true) })
 	}
 	publishers.Wait()
 	cause := context.Cause(ctx)
 	stopping := errors.Is(cause, context.Canceled)
 	s.end()
 	r.hand.apart(s.orphans)
-	r.unknownAll(r.isolation.died(s.orphans, stopping || explained(cause)))
+	r.unknownAll(r.isolation.died(s.orphans, stopping || explained(cause), r.counts.published.Load()))
 	if stopping {
 		return nil
 	}
