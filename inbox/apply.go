@@ -175,14 +175,21 @@ func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m Message) (verdict, err
 	return failed, err
 }
 
-// handle calls the handler and makes an error of its panic.
-func (c *Consumer) handle(ctx context.Context, tx pgx.Tx, m Message) (err error) {
-	defer func() {
-		if reason := recover(); reason != nil {
-			err = fmt.Errorf("panic: %v\n\n%s", reason, debug.Stack())
-		}
+// handle calls the handler and makes an error of its panic. It does so in a
+// goroutine that the handler may end.
+func (c *Consumer) handle(ctx context.Context, tx pgx.Tx, m Message) error {
+	result := make(chan error, 1)
+	go func() {
+		err := errors.New("the handler ended its goroutine, by runtime.Goexit or the FailNow of a test")
+		defer func() {
+			if reason := recover(); reason != nil {
+				err = fmt.Errorf("panic: %v\n\n%s", reason, debug.Stack())
+			}
+			result <- err
+		}()
+		err = sound(c.handler(ctx, tx, m))
 	}()
-	return c.handler(ctx, tx, m)
+	return <-result
 }
 
 // reportDatabase notes whether the database could be worked with. A lock or

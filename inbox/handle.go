@@ -67,7 +67,7 @@ func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(con
 		return false, nil
 	}
 	guarded := newGuard(tx)
-	if err := guarded.check(fn(ctx, guarded)); err != nil {
+	if err := guarded.check(sound(fn(ctx, guarded))); err != nil {
 		return false, fmt.Errorf("handle: %w", err)
 	}
 	if err := commit(ctx, tx); err != nil {
@@ -107,7 +107,7 @@ func handleSQL(ctx context.Context, db *sql.DB, record statement, fn func(contex
 	if err != nil {
 		return false, fmt.Errorf("record: %w", err)
 	}
-	if err := checkSQL(ctx, tx, xid, fn(ctx, tx)); err != nil {
+	if err := checkSQL(ctx, tx, xid, sound(fn(ctx, tx))); err != nil {
 		return false, fmt.Errorf("handle: %w", err)
 	}
 	if err := commitError(tx.Commit()); err != nil {

@@ -3,7 +3,6 @@ package inbox
 import (
 	"context"
 	"errors"
-	"fmt"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -41,7 +40,7 @@ func (c *Consumer) fate(err error, attempts int) (reason string, spent int, dela
 	case attempts >= c.cfg.MaxAttempts:
 		return reasonDead, attempts, 0
 	}
-	limit := min(firstRetry<<min(attempts-1, 16), lastRetry)
+	limit := min(firstRetry<<min(max(attempts-1, 0), 16), lastRetry)
 	return reasonRetry, attempts, rand.N(limit)
 }
 
@@ -171,15 +170,9 @@ func (c *Consumer) wakeUp() {
 	}
 }
 
-// lastError is err as text that PostgreSQL takes. The error is the handler's: a
-// nil pointer of its type is not nil, and panics when it is asked for its text.
-func lastError(err error) (text string) {
-	defer func() {
-		if r := recover(); r != nil {
-			text = fmt.Sprintf("%T without a text", err)
-		}
-	}()
-	text = strings.ReplaceAll(err.Error(), "\x00", "\uFFFD")
+// lastError is err as text that PostgreSQL takes.
+func lastError(err error) string {
+	text := strings.ReplaceAll(err.Error(), "\x00", "\uFFFD")
 	return strings.ToValidUTF8(text[:min(len(text), maxLastError)], "")
 }
 

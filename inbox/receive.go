@@ -87,8 +87,7 @@ func (c *Consumer) connection(ctx context.Context, finish func()) *waiting {
 			}
 			c.handOver(ctx, &delivery{d, live})
 		case <-ctx.Done():
-			c.cancel(conn, s)
-			finish() // while what is in hand can still be acknowledged
+			c.drain(s, finish)
 			return nil
 		}
 	}
@@ -198,11 +197,24 @@ func (c *Consumer) discard() {
 	}
 }
 
-// cancel ends the deliveries. If it fails, the connection is lost, and they have
-// ended too.
-func (c *Consumer) cancel(conn *rabbit.Conn, s *stream) {
-	defer time.AfterFunc(callTimeout, conn.Cut).Stop()
-	_ = s.Cancel(c.cfg.Name, false)
+// drain runs finish while what is in hand can still be acknowledged, and drops what
+// is delivered meanwhile. It does not cancel the consumer: a queue with a single
+// active one would go on to the next, ahead of what has yet to come back from here.
+// All comes back when the connection closes.
+func (c *Consumer) drain(s *stream, finish func()) {
+	finished := make(chan struct{})
+	go func() { defer close(finished); finish() }()
+	deliveries := s.deliveries
+	for {
+		select {
+		case _, ok := <-deliveries:
+			if !ok {
+				deliveries = nil // the connection is lost
+			}
+		case <-finished:
+			return
+		}
+	}
 }
 
 // hangUp closes a connection; a peer that does not answer is cut off.

@@ -69,10 +69,15 @@ func parkUnusableSQL(schema string) string {
 }
 
 // dueSQL lists what waits for another attempt, soonest first, in the order of
-// inbox_parked_due. statement_timestamp is stable, so that an index may use it.
+// inbox_parked_due, except what is behind an earlier one of its key
+// (inbox_parked_key). statement_timestamp is stable, so that an index may use it.
 func dueSQL(schema string) string {
-	return `SELECT id, due_at <= statement_timestamp() FROM ` + table(schema, "inbox_parked") + `
-	WHERE consumer = $1 AND due_at IS NOT NULL ORDER BY due_at LIMIT $2`
+	parked := table(schema, "inbox_parked")
+	return `SELECT id, due_at <= statement_timestamp() FROM ` + parked + ` AS p
+	WHERE consumer = $1 AND due_at IS NOT NULL AND NOT EXISTS (
+		SELECT FROM ` + parked + ` AS h WHERE h.consumer = p.consumer AND h.key = p.key AND h.id < p.id
+			AND h.reason IN ('retry', 'blocked', 'dead'))
+	ORDER BY due_at LIMIT $2`
 }
 
 // The columns of a message that is parked for its key to wait behind.

@@ -120,6 +120,23 @@ func isConflict(err error) bool {
 	return (code == "40001" || code == "40P01") && !errors.Is(err, ErrTxEnded)
 }
 
+// sound returns err, or another in its place if it panics when it is asked what it
+// is: a nil pointer of an error's type is not nil.
+func sound(err error) (safe error) {
+	if err == nil {
+		return nil
+	}
+	defer func() {
+		if recover() != nil {
+			safe = fmt.Errorf("%T without a text", err)
+		}
+	}()
+	_ = err.Error()
+	_ = sqlState(err)
+	_ = errors.Is(err, ErrTxEnded)
+	return err
+}
+
 // sqlState returns the SQLSTATE of an error of pgx or another driver, or "".
 func sqlState(err error) string {
 	if e := (interface{ SQLState() string })(nil); errors.As(err, &e) {

@@ -63,6 +63,7 @@ CREATE TABLE outbox (
     payload      bytea       NOT NULL DEFAULT '',
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT outbox_pkey PRIMARY KEY (id),
+    CONSTRAINT outbox_id_check CHECK (id > 0),
     CONSTRAINT outbox_key_check CHECK (octet_length(key) BETWEEN 1 AND 1024),
     CONSTRAINT outbox_exchange_check CHECK (octet_length(exchange) <= 255 AND translate(exchange, E'\r\n', '') = exchange),
     CONSTRAINT outbox_routing_key_check CHECK (octet_length(routing_key) <= 255 AND translate(routing_key, E'\r\n', '') = routing_key),
@@ -110,6 +111,8 @@ CREATE TABLE outbox_parked (
     payload      bytea       NOT NULL DEFAULT '',
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT outbox_parked_pkey PRIMARY KEY (id),
+    CONSTRAINT outbox_parked_id_check CHECK (id > 0),
+    CONSTRAINT outbox_parked_attempts_check CHECK (attempts >= 0),
     CONSTRAINT outbox_parked_reason_check CHECK (reason IN ('scheduled', 'retry', 'blocked', 'dead')),
     CONSTRAINT outbox_parked_due_at_check CHECK ((due_at IS NOT NULL) = (reason IN ('scheduled', 'retry'))),
     -- An order that waits is no order.
@@ -184,6 +187,7 @@ CREATE TABLE inbox_parked (
     headers     bytea       NOT NULL DEFAULT '',
     body        bytea       NOT NULL DEFAULT '',
     CONSTRAINT inbox_parked_pkey PRIMARY KEY (id),
+    CONSTRAINT inbox_parked_attempts_check CHECK (attempts >= 0),
     CONSTRAINT inbox_parked_consumer_check CHECK (octet_length(consumer) BETWEEN 1 AND 100),
     CONSTRAINT inbox_parked_reason_check CHECK (reason IN
         ('retry', 'blocked', 'dead', 'missing_id', 'bad_id', 'id_conflict', 'too_old')),

@@ -16,7 +16,8 @@ import (
 )
 
 // Write adds messages to the outbox in the caller's transaction: they will be
-// published if and only if tx commits. Any number of messages is one statement
+// published if and only if tx commits. Any number of messages, of up to 256 MiB
+// of payloads together, is one statement
 // and one round trip; none is a no-op.
 //
 // Every message is validated before anything is sent: an *InvalidError leaves
@@ -54,7 +55,12 @@ type Writer struct {
 	Inject func(ctx context.Context, headers map[string]string)
 }
 
-const defaultMaxPayload = 8 << 20
+const (
+	defaultMaxPayload = 8 << 20
+	// maxTotal is for all payloads of one call. PostgreSQL's protocol carries 1 GiB
+	// in one piece, and text drivers write two bytes for each.
+	maxTotal = 256 << 20
+)
 
 // Write is the function Write, with the Writer's settings.
 func (w Writer) Write(ctx context.Context, tx pgx.Tx, msgs ...Message) error {
@@ -131,7 +137,7 @@ func (w Writer) prepare(ctx context.Context, msgs []Message) (*statement, error)
 	}
 	arrays := newColumnArrays(len(msgs))
 	seen := make(map[uuid.UUID]int)
-	build := writeSQL
+	build, total := writeSQL, 0
 	for i := range msgs {
 		m := msgs[i] // a copy: the caller's message is not changed
 		if w.Inject != nil {
@@ -150,6 +156,10 @@ func (w Writer) prepare(ctx context.Context, msgs []Message) (*statement, error)
 		}
 		if !m.NotBefore.IsZero() {
 			build = scheduleSQL
+		}
+		if total += len(m.Payload); total > maxTotal {
+			return nil, &InvalidError{Index: i, Field: "Payload",
+				Reason: fmt.Sprintf("brings those of one call to %d bytes, the limit is %d: write them in several calls", total, maxTotal)}
 		}
 		if err := arrays.add(&m); err != nil {
 			return nil, err

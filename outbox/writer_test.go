@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -346,6 +347,7 @@ func TestMisuseIsAnError(t *testing.T) {
 		"current transaction is aborted": outbox.Write(ctx, aborted, msg),
 		"schema":                         outbox.Writer{Schema: "a.b"}.Write(ctx, aborted, msg),
 		"MaxPayload: -1":                 outbox.Writer{MaxPayload: -1}.Write(ctx, aborted, msg),
+		"Payload brings":                 outbox.Write(ctx, aborted, slices.Repeat([]outbox.Message{{Exchange: "x", Payload: make([]byte, 8<<20)}}, 33)...),
 		"MaxPayload: ":                   outbox.Writer{MaxPayload: math.MaxInt32}.Write(ctx, aborted, msg),
 	} {
 		if got == nil || !strings.Contains(got.Error(), name) {

@@ -1,7 +1,9 @@
 package relay_test
 
 import (
+	"fmt"
 	"net/url"
+	"strings"
 	"testing"
 	"time"
 
@@ -86,4 +88,48 @@ func TestProbeThatCanNeverBePublishedDoesNotEndTheProbing(t *testing.T) {
 	b.eventuallyCount("outbox", 0)
 	b.declare(missing)
 	b.checkAll(b.drain(missing, 6), append(lost[:1:1], lost[2:]...), 0)
+}
+
+// With topic permissions the broker refuses one routing key of an exchange and takes
+// others. Nobody else waits for what it refuses, nor is its neighbour by name blamed.
+func TestForbiddenTopicsHoldUpNoOtherMessagesOfTheirExchange(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	topics := testenv.Name(t)
+	b.must(b.ch.ExchangeDeclare(topics, "topic", true, false, false, false, nil))
+	b.must(b.ch.QueueBind(b.queue, "#", topics, false, nil))
+	for _, args := range [][]string{
+		{"add_user", "u", "p"}, {"set_permissions", "u", ".*", ".*", ".*"}, {"set_topic_permissions", "u", topics, "^good", ".*"},
+	} {
+		_, err := broker.Ctl(testenv.Context(t), args...)
+		b.must(err)
+	}
+	b.amqpURL = strings.Replace(broker.URL(), "guest:guest", "u:p", 1)
+	messages := b.messages(1000, noKey)
+	var good, bad []outbox.Message
+	for i := range messages {
+		messages[i].Exchange, messages[i].RoutingKey = topics, "good.1"
+		switch i % 10 {
+		case 3:
+			messages[i].RoutingKey = fmt.Sprintf("bad.%d", i%50)
+			bad = append(bad, messages[i])
+		case 6:
+			messages[i].Exchange = topics + "'x"
+			bad = append(bad, messages[i])
+		default:
+			good = append(good, messages[i])
+		}
+	}
+	b.write(messages...)
+	b.start(brisk)
+	b.checkAll(b.drain(b.queue, len(good)), good, inFlight)
+	b.eventuallyCount("outbox", 0)
+	b.eventuallyCount("outbox_parked", len(bad))
+	var wrong int
+	b.must(b.db.QueryRow(testenv.Context(t), "SELECT count(*) FROM "+b.db.Table("outbox_parked")+
+		" WHERE routing_key LIKE 'good%' AND exchange = $1", topics).Scan(&wrong))
+	if wrong != 0 {
+		t.Errorf("%d permitted messages are parked", wrong)
+	}
 }

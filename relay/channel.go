@@ -3,8 +3,8 @@ package relay
 import (
 	"context"
 	"fmt"
-	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -192,9 +192,6 @@ func (c *channel) orphan(m *message) {
 	c.orphans = append(c.orphans, m)
 }
 
-// exchangeName finds the exchange that a channel exception names.
-var exchangeName = regexp.MustCompile(`exchange '([^']*)'`)
-
 // settleOrphans decides on the messages that were in flight when the channel
 // closed. If the broker closed only this channel, one of them is the culprit: the
 // exchange that it names, or else whichever fails again when it is alone.
@@ -218,12 +215,15 @@ func (c *channel) settleOrphans() {
 		}
 		return
 	}
-	exchange, named := c.culprit()
+	named := slices.ContainsFunc(c.orphans, func(m *message) bool { return c.names(m) != 0 })
 	for _, m := range c.orphans {
+		why := c.names(m)
 		switch {
-		case named && m.exchange == exchange:
+		case why != 0:
+			r.refuse(m, why, c.cause.Error())
+		case len(c.orphans) == 1 && c.isRefusal():
 			r.refuse(m, missing, c.cause.Error())
-		case !named && len(c.orphans) == 1:
+		case len(c.orphans) == 1:
 			r.refuse(m, impossible, c.cause.Error())
 		default:
 			m.alone = m.alone || !named
@@ -232,22 +232,28 @@ func (c *channel) settleOrphans() {
 	}
 }
 
-// culprit returns the exchange that the broker named when it closed the channel
-// because there is none, or because we may not write to it.
-func (c *channel) culprit() (exchange string, named bool) {
-	if c.cause.Code != amqp.NotFound && c.cause.Code != amqp.AccessRefused {
-		return "", false
+// isRefusal says that the broker closed the channel because there is no such
+// exchange, or because we may not write to it.
+func (c *channel) isRefusal() bool {
+	return c.cause.Code == amqp.NotFound || c.cause.Code == amqp.AccessRefused
+}
+
+// names says for what the broker, when it closed the channel, named the exchange
+// or the topic of m, 0 for nothing.
+func (c *channel) names(m *message) cause {
+	exchange := m.exchange
+	if exchange == "" {
+		exchange = "amq.default"
 	}
-	if len(c.orphans) == 1 {
-		return c.orphans[0].exchange, true
+	place := fmt.Sprintf("exchange '%s' in vhost '", exchange)
+	topic := fmt.Sprintf("topic '%s' in %s", m.routingKey, place)
+	switch {
+	case !c.isRefusal():
+		return 0
+	case strings.Contains(c.cause.Reason, "access to "+topic):
+		return denied
+	case strings.Contains(c.cause.Reason, "no "+place), strings.Contains(c.cause.Reason, "access to "+place):
+		return missing
 	}
-	found := exchangeName.FindStringSubmatch(c.cause.Reason)
-	if found == nil {
-		return "", false
-	}
-	exchange = found[1]
-	if exchange == "amq.default" {
-		exchange = "" // as it is on the wire
-	}
-	return exchange, slices.ContainsFunc(c.orphans, func(m *message) bool { return m.exchange == exchange })
+	return 0
 }

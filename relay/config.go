@@ -22,14 +22,14 @@ type Config struct {
 	// Schema is the database schema of txbox's tables; default "txbox".
 	Schema string
 	// Lease is how long the lanes of a relay that died stay its own; default 15 s.
-	// A relay that cannot renew stops publishing before its lease ends. Not below
-	// the publisher's ConfirmTimeout.
+	// A relay that cannot renew stops publishing before its lease ends. From 100 ms
+	// to 24 h, and not below the publisher's ConfirmTimeout.
 	Lease time.Duration
 	// RetryFor is how long a message is tried after its first refusal before it is
 	// parked as dead; default 7 days.
 	RetryFor time.Duration
 	// IdleInterval is the longest wait between two looks at the outbox; default
-	// 50 ms.
+	// 50 ms, from 1 ms to 1 min.
 	IdleInterval time.Duration
 	// StopTimeout bounds a clean stop: finishing what is in flight and freeing the
 	// lanes; default 20 s.
@@ -43,6 +43,9 @@ const (
 	defaultRetryFor     = 7 * 24 * time.Hour
 	defaultIdleInterval = 50 * time.Millisecond
 	defaultStopTimeout  = 20 * time.Second
+	// minTimeout and maxTimeout bound the lease and what must not exceed it.
+	minTimeout = 100 * time.Millisecond
+	maxTimeout = 24 * time.Hour
 	// minConns is how many connections a relay uses at once.
 	minConns = 3
 )
@@ -64,17 +67,19 @@ func (cfg Config) withDefaults(db *pgxpool.Pool, pub Publisher) (Config, error) 
 		name  string
 		value *time.Duration
 		byDef time.Duration
+		least time.Duration
+		most  time.Duration
 	}{
-		{"Lease", &cfg.Lease, defaultLease},
-		{"RetryFor", &cfg.RetryFor, defaultRetryFor},
-		{"IdleInterval", &cfg.IdleInterval, defaultIdleInterval},
-		{"StopTimeout", &cfg.StopTimeout, defaultStopTimeout},
+		{"Lease", &cfg.Lease, defaultLease, minTimeout, maxTimeout},
+		{"RetryFor", &cfg.RetryFor, defaultRetryFor, 1, 100 * 365 * 24 * time.Hour},
+		{"IdleInterval", &cfg.IdleInterval, defaultIdleInterval, time.Millisecond, time.Minute},
+		{"StopTimeout", &cfg.StopTimeout, defaultStopTimeout, 1, maxTimeout},
 	} {
-		if *d.value < 0 {
-			problem("%s: %s is negative", d.name, *d.value)
-		}
 		if *d.value == 0 {
 			*d.value = d.byDef
+		}
+		if *d.value < d.least || *d.value > d.most {
+			problem("%s: %s is not between %s and %s", d.name, *d.value, d.least, d.most)
 		}
 	}
 	if pub != nil && cfg.Lease < pub.rabbitMQ().cfg.ConfirmTimeout {

@@ -25,8 +25,8 @@ type RabbitMQConfig struct {
 	// connection is given up; default 10 s.
 	WriteTimeout time.Duration
 	// ConfirmTimeout is the longest that the relay waits for the broker's answer
-	// to a message before it gives the connection up; default 15 s. It must not
-	// exceed Config.Lease.
+	// to a message before it gives the connection up; default 15 s, from 100 ms to
+	// 24 h. It must not exceed Config.Lease.
 	ConfirmTimeout time.Duration
 	// Setup, if set, is called on every new connection before anything is
 	// published, to declare exchanges, queues and bindings. Its channel is closed
@@ -63,8 +63,8 @@ func RabbitMQ(amqpURL string, cfg RabbitMQConfig) (Publisher, error) {
 		AllowPlaintext: cfg.AllowPlaintext,
 		WriteTimeout:   cfg.WriteTimeout,
 	})
-	if cfg.ConfirmTimeout < 0 {
-		err = errors.Join(err, fmt.Errorf("ConfirmTimeout: %s is negative", cfg.ConfirmTimeout))
+	if cfg.ConfirmTimeout < minTimeout || cfg.ConfirmTimeout > maxTimeout {
+		err = errors.Join(err, fmt.Errorf("ConfirmTimeout: %s is not between %s and %s", cfg.ConfirmTimeout, minTimeout, maxTimeout))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("relay: %w", err)

@@ -220,7 +220,7 @@ const reparkSQL = `WITH ` + refusedRows + `
 	UPDATE {parked} AS p SET
 		reason = v.reason,
 		due_at = CASE v.reason WHEN 'retry' THEN clock_timestamp() + r.delay * interval '1 second' END,
-		attempts = p.attempts + r.attempts,
+		attempts = least(p.attempts, 1000000000) + r.attempts,
 		last_error = r.last_error,
 		parked_at = CASE p.reason WHEN 'retry' THEN p.parked_at ELSE clock_timestamp() END,
 		created_at = CASE p.reason WHEN 'scheduled' THEN greatest(p.created_at, p.due_at) ELSE p.created_at END

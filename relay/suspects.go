@@ -33,6 +33,9 @@ type suspect struct {
 	next     time.Time // of the next probe
 }
 
+// maxSuspects bounds the places that are remembered.
+const maxSuspects = 1000
+
 // maxProbe bounds the pause between two probes of one place.
 const maxProbe = 5 * time.Second
 
@@ -72,6 +75,12 @@ func (s *suspects) accuse(p place, m *message, why string) {
 	defer s.mu.Unlock()
 	x := s.byPlace[p]
 	if x == nil {
+		for old := range s.byPlace { // any: it will be found out again
+			if len(s.byPlace) < maxSuspects {
+				break
+			}
+			delete(s.byPlace, old)
+		}
 		x = &suspect{}
 		s.byPlace[p] = x
 		s.count.Store(int64(len(s.byPlace)))

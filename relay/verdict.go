@@ -10,12 +10,13 @@ import (
 type cause int
 
 const (
-	returned   cause = iota // no queue is bound for it
-	nacked                  // a queue refused it
-	missing                 // its exchange does not exist, or we may not write to it
-	silent                  // it was a probe, and had no answer
-	suspected               // it was not tried, since its destination is suspect
-	impossible              // it can never be published
+	returned   cause = iota + 1 // no queue is bound for it
+	nacked                      // a queue refused it
+	missing                     // its exchange does not exist, or we may not write to it
+	denied                      // we may not write to its topic
+	silent                      // it was a probe, and had no answer
+	suspected                   // it was not tried, since its destination is suspect
+	impossible                  // it can never be published
 )
 
 // maxBackOff bounds the pause between two attempts of one message.
@@ -49,13 +50,13 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 	case impossible:
 		v.reason = "dead"
 		r.suspects.forget(m)
-	case missing, silent:
+	case missing, denied, silent:
 		if !m.alone || why == silent {
 			v.spend = 0
 		}
-		p := placesOf(m)[0]
-		if why == silent {
-			p = placesOf(m)[1]
+		p := placesOf(m)[1]
+		if why == missing {
+			p = placesOf(m)[0]
 		}
 		r.suspects.accuse(p, m, v.lastError)
 		failures, _ := r.suspects.reason(m)

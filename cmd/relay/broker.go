@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"strings"
 
@@ -23,8 +24,8 @@ type brokerFlags struct {
 
 // publisher returns what is wrong with the flags; without mistakes, a publisher.
 func (f *brokerFlags) publisher(allowPlaintext bool) (publisher relay.Publisher, found mistakes) {
-	found.add(f.WriteTimeout.check("write-timeout"))
-	found.add(f.ConfirmTimeout.check("confirm-timeout"))
+	found.add(f.WriteTimeout.check("write-timeout", minTimeout, maxTimeout))
+	found.add(f.ConfirmTimeout.check("confirm-timeout", minTimeout, maxTimeout))
 	tlsConfig, tlsMistakes := f.tls()
 	found = append(found, tlsMistakes...)
 	amqpURL, err := secret("amqp-url", f.AMQPURL, "TXBOX_AMQP_URL", "AMQP_URL")
@@ -62,10 +63,10 @@ func (f *brokerFlags) tls() (config *tls.Config, found mistakes) {
 		config.RootCAs = x509.NewCertPool()
 		pem, err := os.ReadFile(f.TLSCA)
 		if err == nil && !config.RootCAs.AppendCertsFromPEM(pem) {
-			err = fmt.Errorf("%s holds no certificate", f.TLSCA)
+			err = errors.New("the file holds no certificate")
 		}
 		if err != nil {
-			found.add(mistake("amqp-tls-ca", "%w", err))
+			found.add(mistake("amqp-tls-ca", "%w", withoutPath(err)))
 		}
 	}
 	pair := setting("amqp-tls-cert") + " and " + setting("amqp-tls-key")
@@ -73,11 +74,20 @@ func (f *brokerFlags) tls() (config *tls.Config, found mistakes) {
 	case f.TLSCert != "" && f.TLSKey != "":
 		certificate, err := tls.LoadX509KeyPair(f.TLSCert, f.TLSKey)
 		if err != nil {
-			found.add(fmt.Errorf("%s: %w", pair, err))
+			found.add(fmt.Errorf("%s: %w", pair, withoutPath(err)))
 		}
 		config.Certificates = []tls.Certificate{certificate}
 	case f.TLSCert != f.TLSKey:
 		found.add(errors.New(pair + ": one needs the other"))
 	}
 	return config, found
+}
+
+// withoutPath drops the name of a file from an error: it may be a URL that was
+// meant for another flag.
+func withoutPath(err error) error {
+	if path := (*fs.PathError)(nil); errors.As(err, &path) {
+		return path.Err
+	}
+	return err
 }

@@ -25,13 +25,16 @@ func (d *duration) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// check returns a mistake unless the duration is above zero.
-func (d duration) check(flag string) error {
+// What package relay allows.
+const minTimeout, maxTimeout = 100 * time.Millisecond, 24 * time.Hour
+
+// check returns a mistake unless the duration is between two others.
+func (d duration) check(flag string, least, most time.Duration) error {
 	if d.err != nil {
 		return mistake(flag, "%s is no duration such as 15s", shown(d.raw))
 	}
-	if d.Duration <= 0 {
-		return mistake(flag, "%s is not above zero", d.Duration)
+	if d.Duration < least || d.Duration > most {
+		return mistake(flag, "%s is not between %s and %s", d.Duration, least, most)
 	}
 	return nil
 }

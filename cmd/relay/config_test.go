@@ -47,7 +47,7 @@ func TestEveryMistakeIsNamedAndEndsWith2(t *testing.T) {
 		"no duration":             {with(), flags("--lease=soon"), `--lease ($TXBOX_LEASE): "soon" is no duration`},
 		"duration by variable":    {with("TXBOX_RETRY_FOR=7d"), nil, `--retry-for ($TXBOX_RETRY_FOR): "7d"`},
 		"empty duration":          {with(), flags("--lease="), `--lease ($TXBOX_LEASE): "" is no duration`},
-		"zero":                    {with(), flags("--idle-interval=0s"), "--idle-interval ($TXBOX_IDLE_INTERVAL): 0s is not above zero"},
+		"zero":                    {with(), flags("--idle-interval=0s"), "--idle-interval ($TXBOX_IDLE_INTERVAL): 0s is not between 1ms and 1m0s"},
 		"negative":                {with(), flags("--stop-timeout=-1s"), "--stop-timeout ($TXBOX_STOP_TIMEOUT): -1s"},
 		"negative write":          {with(), flags("--write-timeout=-1s"), "--write-timeout ($TXBOX_WRITE_TIMEOUT): -1s"},
 		"negative confirm":        {with(), flags("--confirm-timeout=-1s"), "--confirm-timeout ($TXBOX_CONFIRM_TIMEOUT): -1s"},

@@ -28,7 +28,7 @@ func (f *databaseFlags) check() (databaseURL string, config *pgxpool.Config, fou
 	found.add(f.AllowPlaintext.check("allow-plaintext"))
 	schema, err := dbschema.Name(f.Schema)
 	switch {
-	case err != nil && strings.ContainsAny(f.Schema, ":@/"):
+	case err != nil && strings.ContainsAny(f.Schema, ":@/="):
 		found.add(mistake("schema", "is no name"))
 	case err != nil:
 		found.add(mistake("schema", "%w", err))

@@ -79,10 +79,10 @@ func closePool(db *pgxpool.Pool) {
 
 // mistakes checks the flags that are run's own, and all that New would.
 func (c *runCommand) mistakes() (found mistakes) {
-	found.add(c.Lease.check("lease"))
-	found.add(c.RetryFor.check("retry-for"))
-	found.add(c.IdleInterval.check("idle-interval"))
-	found.add(c.StopTimeout.check("stop-timeout"))
+	found.add(c.Lease.check("lease", minTimeout, maxTimeout))
+	found.add(c.RetryFor.check("retry-for", 1, 100*365*24*time.Hour))
+	found.add(c.IdleInterval.check("idle-interval", time.Millisecond, time.Minute))
+	found.add(c.StopTimeout.check("stop-timeout", 1, maxTimeout))
 	if c.Lease.err == nil && c.ConfirmTimeout.err == nil && c.Lease.Duration < c.ConfirmTimeout.Duration {
 		found.add(mistake("lease", "%s is shorter than %s, %s", c.Lease, setting("confirm-timeout"), c.ConfirmTimeout))
 	}

@@ -50,7 +50,8 @@ func TestNoSecretIsPrintedFromTheWrongPlace(t *testing.T) {
 		{url}, {"run", url}, {"run", "--bogus", url}, {"run", "--bogus=" + url}, {"run", "--" + url}, {"run", "-" + url}, {"run", "-x=" + url},
 		{"run", "--lease", url}, {"run", "--name", url, url}, {"run", "--log-level=" + url}, {"run", "--schema", url}, {"run", "--allow-plaintext=" + url},
 		{"migrate", url}, {"migrate", "force", url}, {"migrate", "down", "--yes=" + url}, {"status", "--json=" + url}, {"run", "--", url},
-		{"run", "host=127.0.0.1 password=S3cret"}, {"migrate", "force", "password=S3cret"},
+		{"run", "host=127.0.0.1 password=S3cret"}, {"run", "--schema", "host=db password=S3cret"}, {"run", "--amqp-tls-ca", url},
+		{"run", "--amqp-tls-cert", url, "--amqp-tls-key", "x"}, {"migrate", "force", "password=S3cret"},
 	} {
 		if code := printsNoSecret(t, []string{goodDB, goodAMQP}, args...); code != 2 {
 			t.Errorf("relay %q: exit code %d", args, code)

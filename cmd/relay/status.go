@@ -61,7 +61,7 @@ const orphansSQL = `SELECT count(*) FROM {lane} AS l
 func (c *statusCommand) Run(ctx context.Context, out io.Writer, found mistakes) error {
 	_, config, wrong := c.databaseFlags.check()
 	found = append(found, wrong...)
-	found.add(c.Timeout.check("timeout"))
+	found.add(c.Timeout.check("timeout", 1, maxTimeout))
 	if err := wrongUsage(found); err != nil {
 		return err
 	}

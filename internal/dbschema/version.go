@@ -66,13 +66,16 @@ func flag(name string) string {
 // and text travels as it is. Otherwise the error wraps ErrNotReady and names the
 // setting, or it is the database's own.
 func CheckSession(ctx context.Context, db Querier) error {
-	var readOnly, encoding string
-	err := db.QueryRow(ctx, "SELECT current_setting('transaction_read_only'), current_setting('client_encoding')").Scan(&readOnly, &encoding)
+	var readOnly, encoding, stored string
+	err := db.QueryRow(ctx, "SELECT current_setting('transaction_read_only'), current_setting('client_encoding'), current_setting('server_encoding')").
+		Scan(&readOnly, &encoding, &stored)
 	switch {
 	case err != nil:
 		return fmt.Errorf("read settings: %w", err)
 	case readOnly == "on":
 		return fmt.Errorf("%w: the database is read-only (a standby, or default_transaction_read_only)", ErrNotReady)
+	case stored != "UTF8" && stored != "SQL_ASCII":
+		return fmt.Errorf("%w: the database is encoded in %s, txbox needs UTF8", ErrNotReady, stored)
 	case encoding != "UTF8" && encoding != "SQL_ASCII":
 		return fmt.Errorf("%w: client_encoding is %s, set it to UTF8 for this role or database", ErrNotReady, encoding)
 	}

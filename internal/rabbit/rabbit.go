@@ -33,9 +33,12 @@ type Config struct {
 	Credentials func(context.Context) (user, password string, err error)
 	// AllowPlaintext permits amqp:// to a host that is not loopback.
 	AllowPlaintext bool
-	// WriteTimeout is the longest that a write to the broker may take; default 10 s.
+	// WriteTimeout is the longest that a write to the broker may take; default 10 s,
+	// from 100 ms to 24 h.
 	WriteTimeout time.Duration
 }
+
+const minWriteTimeout, maxWriteTimeout = 100 * time.Millisecond, 24 * time.Hour
 
 // dialTimeout bounds one attempt at one host, handshake included.
 const dialTimeout = 10 * time.Second
@@ -59,11 +62,11 @@ func NewDialer(urls string, cfg Config) (*Dialer, error) {
 		}
 		d.urls = append(d.urls, raw)
 	}
-	if cfg.WriteTimeout < 0 {
-		problems = append(problems, fmt.Errorf("WriteTimeout: %s is negative", cfg.WriteTimeout))
-	}
 	if cfg.WriteTimeout == 0 {
 		d.cfg.WriteTimeout = 10 * time.Second
+	}
+	if t := d.cfg.WriteTimeout; t < minWriteTimeout || t > maxWriteTimeout {
+		problems = append(problems, fmt.Errorf("WriteTimeout: %s is not between %s and %s", t, minWriteTimeout, maxWriteTimeout))
 	}
 	return d, errors.Join(problems...)
 }

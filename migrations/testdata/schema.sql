@@ -50,6 +50,7 @@ CREATE TABLE txbox.inbox_parked (
     properties bytea DEFAULT '\x'::bytea NOT NULL,
     headers bytea DEFAULT '\x'::bytea NOT NULL,
     body bytea DEFAULT '\x'::bytea NOT NULL,
+    CONSTRAINT inbox_parked_attempts_check CHECK ((attempts >= 0)),
     CONSTRAINT inbox_parked_consumer_check CHECK (((octet_length(consumer) >= 1) AND (octet_length(consumer) <= 100))),
     CONSTRAINT inbox_parked_due_at_check CHECK (((due_at IS NOT NULL) = (reason = 'retry'::text))),
     CONSTRAINT inbox_parked_owned_check CHECK (((reason <> ALL (ARRAY['retry'::text, 'blocked'::text, 'dead'::text])) OR (message_id IS NOT NULL))),
@@ -83,6 +84,7 @@ CREATE TABLE txbox.outbox (
     CONSTRAINT outbox_exchange_check CHECK (((octet_length(exchange) <= 255) AND (translate(exchange, '
 '::text, ''::text) = exchange))),
     CONSTRAINT outbox_headers_check CHECK (((headers = '{}'::jsonb) OR txbox.outbox_headers_valid(headers))),
+    CONSTRAINT outbox_id_check CHECK ((id > 0)),
     CONSTRAINT outbox_key_check CHECK (((octet_length(key) >= 1) AND (octet_length(key) <= 1024))),
     CONSTRAINT outbox_payload_check CHECK ((octet_length(payload) <= 134217728)),
     CONSTRAINT outbox_routing_key_check CHECK (((octet_length(routing_key) <= 255) AND (translate(routing_key, '
@@ -122,6 +124,7 @@ CREATE TABLE txbox.outbox_parked (
     headers jsonb DEFAULT '{}'::jsonb NOT NULL,
     payload bytea DEFAULT '\x'::bytea NOT NULL,
     created_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL,
+    CONSTRAINT outbox_parked_attempts_check CHECK ((attempts >= 0)),
     CONSTRAINT outbox_parked_content_type_check CHECK (((octet_length(content_type) <= 255) AND (translate(content_type, '
 '::text, ''::text) = content_type))),
     CONSTRAINT outbox_parked_created_at_check CHECK (((created_at >= '1970-01-01 00:00:00+00'::timestamp with time zone) AND (created_at < '10000-01-01 00:00:00+00'::timestamp with time zone))),
@@ -130,6 +133,7 @@ CREATE TABLE txbox.outbox_parked (
     CONSTRAINT outbox_parked_exchange_check CHECK (((octet_length(exchange) <= 255) AND (translate(exchange, '
 '::text, ''::text) = exchange))),
     CONSTRAINT outbox_parked_headers_check CHECK (((headers = '{}'::jsonb) OR txbox.outbox_headers_valid(headers))),
+    CONSTRAINT outbox_parked_id_check CHECK ((id > 0)),
     CONSTRAINT outbox_parked_key_check CHECK (((octet_length(key) >= 1) AND (octet_length(key) <= 1024))),
     CONSTRAINT outbox_parked_payload_check CHECK ((octet_length(payload) <= 134217728)),
     CONSTRAINT outbox_parked_reason_check CHECK ((reason = ANY (ARRAY['scheduled'::text, 'retry'::text, 'blocked'::text, 'dead'::text]))),
