@@ -31,10 +31,17 @@ test: up ## run all tests, with the race detector, on the servers of "up"
 	@go run ./internal/servers/dev compiler
 	$(env) go test -race -timeout 15m ./...
 
+# Scenarios that harm the broker need the private one.
+.PHONY: bench
+bench: up ## measure beside what limits it: SCENARIO=all OUT=bench/results.json ROUNDS=5
+	@cd bench && go build -o ../bin/bench .
+	@$(env) bin/bench -scenario $(or $(SCENARIO),all) -rounds $(or $(ROUNDS),5) -out $(or $(OUT),bench/results.json)
+
 .PHONY: lint
 lint: ## formatting, vet, staticcheck, tidy modules, import rules
 	@files=$$(gofmt -l .); [ -z "$$files" ] || { echo "not formatted: $$files"; exit 1; }
 	go vet ./...
 	go mod tidy -diff
+	cd bench && go vet ./... && go mod tidy -diff
 	go tool -modfile=tools/go.mod staticcheck ./...
 	go test ./internal/layers

@@ -15,19 +15,22 @@ func drain(ctx context.Context, b *bench) ([]Result, error) {
 	const n, keys = 200_000, 10_000
 	var rounds []Round
 	for range b.rounds {
-		ours, err := p.drainOnce(ctx, n, keys)
+		before := readCPU()
+		ours, err := p.drainOnce(ctx, n, keys, &before)
 		if err != nil {
 			return nil, err
 		}
+		b.say("ours %.0f/s; %s", ours, readCPU().since(before, n))
 		key, err := p.fresh(ctx, "limit")
 		if err != nil {
 			return nil, err
 		}
+		before = readCPU()
 		limit, err := bare(b.amqpURL, p.exchange, key, n, keys, bareChannels, bareWindow)
 		if err != nil {
 			return nil, err
 		}
-		b.say("drain: %.0f/s, limit %.0f/s", ours, limit)
+		b.say("limit %.0f/s; %s", limit, readCPU().since(before, n))
 		rounds = append(rounds, Round{Value: ours, Limit: limit, Ratio: ours / limit})
 	}
 	return []Result{sideBySide("rate", "msg/s", 0.90, rounds)}, nil
@@ -36,11 +39,12 @@ func drain(ctx context.Context, b *bench) ([]Result, error) {
 // The best of those tried: 1 to 8 channels with 100 to 1,000 in flight in each.
 const (
 	bareChannels = 4
-	bareWindow   = 250
+	bareWindow   = 64
 )
 
-// drainOnce returns messages per second.
-func (p *place) drainOnce(ctx context.Context, n, keys int) (float64, error) {
+// drainOnce returns messages per second, and the processor time when it began to
+// count.
+func (p *place) drainOnce(ctx context.Context, n, keys int, before *cpuTime) (float64, error) {
 	key, err := p.fresh(ctx, "ours")
 	if err != nil {
 		return 0, err
@@ -48,6 +52,7 @@ func (p *place) drainOnce(ctx context.Context, n, keys int) (float64, error) {
 	if err := p.fill(ctx, n, keys, key); err != nil {
 		return 0, err
 	}
+	*before = readCPU()
 	began := time.Now()
 	r, err := p.relay(ctx)
 	if err != nil {

@@ -18,6 +18,7 @@ import (
 
 type bench struct {
 	databaseURL, amqpURL string
+	brokerDir            string
 	rounds               int
 	began                time.Time
 }
@@ -31,6 +32,13 @@ var scenarios = []struct {
 	run  func(context.Context, *bench) ([]Result, error)
 }{
 	{"drain", drain},
+	{"hotkey", hotkey},
+	{"held", held},
+	{"late", late},
+	{"silent", silent},
+	{"blocked", blocked},
+	{"idle", idle},
+	{"takeover", takeover},
 }
 
 func main() {
@@ -46,9 +54,13 @@ func run() error {
 	out := flag.String("out", "", "`file` for the JSON")
 	profile := flag.String("cpuprofile", "", "`file` for a profile of this process")
 	flag.IntVar(&b.rounds, "rounds", 5, "how often ours and the limit take turns")
+	flag.StringVar(&b.brokerDir, "broker", ".dev/rabbitmq-server", "`folder` of the broker that make up started, for scenarios that harm it")
 	flag.Parse()
 	if b.databaseURL == "" || b.amqpURL == "" {
 		return errors.New("DATABASE_URL and AMQP_URL must be set: run make bench")
+	}
+	if schema := os.Getenv(childVariable); schema != "" {
+		return runChild(context.Background(), schema)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()

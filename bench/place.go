@@ -25,6 +25,7 @@ type place struct {
 	conn     *amqp.Connection
 	ch       *amqp.Channel
 	queues   []string
+	tracer   *counter // of the relay's statements, if set
 }
 
 func newPlace(ctx context.Context, dbURL, amqpURL, name string) (*place, error) {
@@ -115,6 +116,9 @@ func (p *place) relay(ctx context.Context) (*running, error) {
 	cfg, err := pgxpool.ParseConfig(p.dbURL)
 	if err != nil {
 		return nil, err
+	}
+	if p.tracer != nil {
+		cfg.ConnConfig.Tracer = p.tracer
 	}
 	db, err := pgxpool.NewWithConfig(ctx, cfg)
 	if err != nil {

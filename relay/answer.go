@@ -12,10 +12,10 @@ const (
 	// message that has none yet.
 	sweepFirst = 2 * time.Millisecond
 	sweepMost  = 50 * time.Millisecond
-	// silentAfter is how long a destination may leave a message without an answer
-	// while others, sent after it, get theirs; doubtFor is how long it has then
+	// silentAfter is how long a message may be without an answer while others, sent
+	// after it, get theirs; doubtFor is how long it has then
 	// still, since answers are read by several goroutines, and sentApart is by how
-	// much later the others must have been sent.
+	// much later what went through other channels must have been sent.
 	silentAfter = 1500 * time.Millisecond
 	doubtFor    = 500 * time.Millisecond
 	sentApart   = 100 * time.Millisecond
@@ -100,6 +100,7 @@ func (c *channel) collect(pending []flight, all bool) []flight {
 		switch {
 		case f.confirm.Acked():
 			c.answered(f.at)
+			c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
 			acked = append(acked, f.message)
 		case c.ch.IsClosed() || c.conn.IsClosed():
 			c.orphan(f.message) // a closed channel answers like a nack
@@ -153,35 +154,35 @@ func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
 // late says that a message has had no answer for too long, while the broker took
 // messages.
 func (c *channel) late(f flight) bool {
+	limit := c.relay.pub.cfg.ConfirmTimeout
+	if f.onTrial {
+		limit = min(limit, silentAfter)
+	}
 	blocked, open := c.blockedSince()
-	return !blocked && since()-max(f.at, open) > int64(c.relay.pub.cfg.ConfirmTimeout)
+	return !blocked && since()-max(f.at, open) > int64(limit)
 }
 
 // overtaken says that a message has had no answer for a while, and others that
-// were sent after it have. The oldest of a channel can blame nobody but its
-// destination: what else the channel sent waits behind it.
+// were sent after it have.
 func (c *channel) overtaken(f flight) bool {
 	blocked, open := c.blockedSince()
 	return !c.prober && !blocked && since()-max(f.at, open) > int64(silentAfter) &&
-		c.lastAnswered.Load() > f.at+int64(sentApart)
+		(c.answeredTag > f.confirm.DeliveryTag || c.lastAnswered.Load() > f.at+int64(sentApart))
 }
 
-// giveUp ends what a message without an answer is in: of a prober the channel, else
-// the connection, since the broker reads nothing more from it while one of its
-// channels waits for a queue. All that is in flight there is published again.
+// giveUp ends the connection: the broker reads nothing more from it while one of its
+// channels waits for a queue. Which queue that is nothing tells: each destination
+// that was in flight stands trial. A prober knows.
 func (c *channel) giveUp(f flight) {
 	if c.prober {
 		c.overdue = f.message
-		stop := time.AfterFunc(c.relay.pub.cfg.ConfirmTimeout, c.conn.Cut)
-		defer stop.Stop()
-		c.ch.Close() // resolves what is in flight, whatever it returns
-		return
+	} else {
+		c.stalled.Store(true)
 	}
-	err := fmt.Errorf("no answer from the broker within %s", c.relay.pub.cfg.ConfirmTimeout)
 	if c.overtaken(f) {
-		err = fmt.Errorf("no answer for exchange %q, routing key %q within %s, while others had theirs", f.exchange, f.routingKey, silentAfter)
-		c.relay.suspects.accuse(place{f.destination, false}, f.message, "its destination does not answer")
+		c.fail(fmt.Errorf("no answer to some messages within %s, while others had theirs", silentAfter))
+	} else {
+		c.fail(fmt.Errorf("no answer from the broker within %s", c.relay.pub.cfg.ConfirmTimeout))
 	}
-	c.fail(err)
 	c.conn.Cut()
 }

@@ -23,7 +23,9 @@ type channel struct {
 
 	returns  chan amqp.Return
 	returned map[returnKey][]amqp.Return
-	overdue  *message // for which the channel was closed
+	overdue  *message // without an answer, so that the connection was given up
+
+	answeredTag uint64 // the highest that has its answer
 
 	mu      sync.Mutex
 	orphans []*message // their fate was unknown when the channel closed
@@ -201,18 +203,8 @@ func (c *channel) settleOrphans() {
 	}
 	<-c.closed
 	r := c.relay
-	if c.conn.IsClosed() {
+	if c.conn.IsClosed() || c.cause == nil {
 		c.lost(c.orphans)
-		return
-	}
-	if c.cause == nil { // we closed it
-		for _, m := range c.orphans {
-			if m == c.overdue {
-				r.refuse(m, silent, fmt.Sprintf("no answer from the broker within %s", r.pub.cfg.ConfirmTimeout))
-			} else {
-				r.unknown(m)
-			}
-		}
 		return
 	}
 	named := slices.ContainsFunc(c.orphans, func(m *message) bool { return c.names(m) != 0 })

@@ -46,8 +46,13 @@
 //	                                                   `----------+--> settling --> gone --> forgotten
 //
 // At most one message of a key is ready or in flight, so that whatever is
-// published again is so in order. The hand has a bound in messages and in bytes;
-// the reader waits while it is full.
+// published again is so in order. Ready messages are taken by destination, in
+// turn, and one destination has at most a quarter of the window while there are
+// others. The hand has a bound in messages and in bytes, and the reader waits
+// while it is full. Of one key at most 256 messages or 1 MiB wait in it: what
+// follows is passed over, and read when there is room. If the hand is full of
+// messages that wait while the broker could take others, what would have to wait
+// too is passed over, or parked for some seconds if it waits for its destination.
 //
 // # A blocked key
 //
@@ -59,8 +64,28 @@
 //	head: dead ----- waits for a human, who deletes it, or makes it retry
 //	no head -------- the key is open: its messages are published from outbox
 //
-// Other keys are not delayed. A relay that takes a lane knows its blocked keys
-// before it publishes anything of it.
+// Other keys are not delayed. That a key is blocked stands in the table alone: it
+// is read with each page, in the same snapshot. Once all that is parked of a key is
+// in the hand, what follows waits there behind it.
+//
+// # Suspects and culprits
+//
+// An exchange that is missing or forbidden closes a channel with each message, and
+// a queue that does not confirm holds up all that is on the connection. Such a place
+// is suspect: its messages are parked as retry, without an attempt, and one at a
+// time is tried alone, at growing intervals up to 5 s.
+//
+//	trusted -- the broker named it ------------------------------> suspect
+//	 ^ ^  |                                                         |  ^
+//	 | |  `--- answers ceased to come while it was in flight        |  |
+//	 | |       --> on trial: one message alone, the others wait     |  |
+//	 | |                |          |                                |  |
+//	 | `--- answered ---'          `--- no answer within 1.5 s -----|--'
+//	 `--------------------------------- its probe was answered -----'
+//
+// A message that ends connections is found by halves: what was in flight when two
+// connections died is published apart from all others. The one with which
+// connections end also when it is alone is dead, once others have got through.
 //
 // # The floor
 //

@@ -18,10 +18,11 @@ type hand struct {
 	lines     map[string]*line // by key
 	passed    map[*line]bool   // those with messages that were passed over
 	routes    map[destination]*route
-	turn      []*route // those of which something may be taken, the next first
-	bytes     int      // of payloads
-	waiting   int      // messages that wait in lines and routes
-	waitBytes int      // of their payloads
+	onTrial   map[destination]bool // they have yet to show that they answer
+	turn      []*route             // those of which something may be taken, the next first
+	bytes     int                  // of payloads
+	waiting   int                  // messages that wait in lines and routes
+	waitBytes int                  // of their payloads
 	inFlight  int
 	held      [lanes]int // messages not settled
 	busy      [lanes]int // of those, messages taken
@@ -40,21 +41,22 @@ type hand struct {
 const (
 	handRows  = 5000     // messages in the hand at most, a page more while it is read
 	handBytes = 32 << 20 // of their payloads, likewise
-	pageRows  = 1000
+	pageRows  = 2000
 	pageBytes = 8 << 20
 	slowDelay = 5 * time.Second // at most, for what would crowd the hand
 )
 
 func newHand() *hand {
 	return &hand{
-		byID:   make(map[int64]*message),
-		lines:  make(map[string]*line),
-		passed: make(map[*line]bool),
-		routes: make(map[destination]*route),
-		some:   make(chan struct{}, 1),
-		probes: make(chan struct{}, 1),
-		settle: make(chan struct{}, 1),
-		space:  make(chan struct{}, 1),
+		byID:    make(map[int64]*message),
+		lines:   make(map[string]*line),
+		passed:  make(map[*line]bool),
+		routes:  make(map[destination]*route),
+		onTrial: make(map[destination]bool),
+		some:    make(chan struct{}, 1),
+		probes:  make(chan struct{}, 1),
+		settle:  make(chan struct{}, 1),
+		space:   make(chan struct{}, 1),
 	}
 }
 
@@ -146,6 +148,7 @@ func (h *hand) drop(m *message) {
 	defer h.mu.Unlock()
 	h.busy[m.lane]--
 	h.release(m)
+	h.endTrial(m)
 	h.next(m)
 	h.forget(m)
 }
@@ -174,6 +177,7 @@ func (h *hand) confirm(ms []*message) {
 	defer h.mu.Unlock()
 	for _, m := range ms {
 		h.release(m)
+		h.endTrial(m)
 		h.next(m)
 		h.bytes -= len(m.payload)
 		m.payload = nil
@@ -192,6 +196,7 @@ func (h *hand) refuse(v verdict) {
 
 func (h *hand) refuseOne(v verdict) {
 	h.release(v.message)
+	h.endTrial(v.message)
 	h.refused = append(h.refused, v)
 	l := h.lines[v.key]
 	if l == nil || v.key == "" {
@@ -260,6 +265,13 @@ func (h *hand) toSettle(max int) (confirmed []*message, refused []verdict) {
 	n = min(max, len(h.refused))
 	refused, h.refused = h.refused[:n:n], h.refused[n:]
 	return confirmed, refused
+}
+
+// muchToSettle says that waiting for more would gain nothing.
+func (h *hand) muchToSettle() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.confirmed)+len(h.refused) >= settleRows
 }
 
 // settled records that the statement which removes or parks a message returned.

@@ -11,11 +11,10 @@ import (
 )
 
 // isolation looks for the message that ends connections. What was in flight at two
-// such ends in a row is published apart from all others, on connections of its
-// own, and by halves while these end too.
+// such ends is published apart from all others, on connections of its own, and by
+// halves while these end too.
 type isolation struct {
 	mu     sync.Mutex
-	before map[int64]bool // in flight when a connection last died
 	groups []group
 	some   chan struct{}
 }
@@ -31,26 +30,19 @@ type group struct {
 // died returns those of the messages in flight at the end of a connection that may
 // go out among others again; the rest is to be published apart.
 func (i *isolation) died(inFlight []*message, explained bool, published int64) (others []*message) {
-	i.mu.Lock()
-	before := i.before
-	i.before = nil
-	if !explained {
-		i.before = make(map[int64]bool, len(inFlight))
+	if explained {
+		return inFlight
 	}
-	var both []*message
+	var twice []*message
 	for _, m := range inFlight {
-		if !explained {
-			i.before[m.id] = true
-		}
-		if !explained && before[m.id] {
-			both = append(both, m)
+		if m.deaths++; m.deaths > 1 {
+			twice = append(twice, m)
 		} else {
 			others = append(others, m)
 		}
 	}
-	i.mu.Unlock()
-	if len(both) > 0 {
-		i.add(group{messages: both, through: published})
+	if len(twice) > 0 {
+		i.add(group{messages: twice, through: published})
 	}
 	return others
 }

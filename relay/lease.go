@@ -28,6 +28,7 @@ type leases struct {
 	useless func() bool // the broker has been away for long
 
 	changed chan struct{} // lanes came or went
+	look    chan struct{} // there may be lanes to take
 	lost    atomic.Int64  // leases that ended before they were renewed
 
 	mu       sync.RWMutex
@@ -46,10 +47,13 @@ func since() int64 { return int64(time.Since(began)) }
 // within this time of the end of its lease.
 const round = time.Second
 
+// lookEvery bounds how often they are looked at because some are free.
+const lookEvery = 200 * time.Millisecond
+
 func newLeases(db *pgxpool.Pool, sql statements, cfg Config, h *hand, health *condition) *leases {
 	return &leases{
 		db: db, sql: sql, name: cfg.Name, lease: cfg.Lease, hand: h,
-		log: cfg.Logger, health: health, changed: make(chan struct{}, 1), owner: uuid.New(),
+		log: cfg.Logger, health: health, changed: make(chan struct{}, 1), look: make(chan struct{}, 1), owner: uuid.New(),
 	}
 }
 
@@ -95,8 +99,8 @@ func (l *leases) lapse() {
 
 // run keeps the lease and the fair share of lanes until ctx ends.
 func (l *leases) run(ctx context.Context) {
-	tick := time.NewTicker(min(round, l.lease/3))
-	defer tick.Stop()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	var renewAt int64
 	for {
 		renew := since() >= renewAt
@@ -111,8 +115,18 @@ func (l *leases) run(ctx context.Context) {
 		if err != nil {
 			renewAt = 0
 		}
+		// A relay without lanes reads nothing that would tell it of free ones.
+		next := min(round, l.lease/3)
+		if l.owned() == [lanes]int64{} {
+			next = min(next, lookEvery)
+		}
+		if pause(ctx, min(next, lookEvery)) != nil {
+			return
+		}
+		timer.Reset(next - min(next, lookEvery))
 		select {
-		case <-tick.C:
+		case <-timer.C:
+		case <-l.look:
 		case <-ctx.Done():
 			return
 		}

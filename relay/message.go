@@ -1,6 +1,9 @@
 package relay
 
 import (
+	"bytes"
+	"encoding/json"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -19,15 +22,18 @@ type message struct {
 	destination
 	typ         string
 	contentType string
-	headers     amqp.Table // the caller's, all strings
+	headers     amqp.Table
+	checked     bool // headers holds ours, too
 	payload     []byte
 	createdAt   time.Time
 	parked      bool // published from outbox_parked
 	behind      bool // a message of its key was parked when it was read
 	attempts    int
 
-	alone bool   // to be published with nothing else in flight on its channel
-	route *route // on which it is ready or in flight; nil if alone
+	alone   bool   // to be published with nothing else in flight on its channel
+	onTrial bool   // it is to show whether its destination answers
+	deaths  int    // connections that ended while it was in flight, nobody knows why
+	route   *route // on which it is ready or in flight; nil if alone
 }
 
 // destination is where a message goes.
@@ -45,24 +51,18 @@ type verdict struct {
 // publishing returns the message as it goes on the wire, or why it cannot: its
 // row may have come from elsewhere than package outbox.
 func (m *message) publishing() (amqp.Publishing, error) {
-	for _, s := range [...]string{m.exchange, m.routingKey, m.typ, m.contentType} {
-		if err := wire.CheckShortString(s); err != nil {
+	if !m.checked {
+		if err := m.check(); err != nil {
 			return amqp.Publishing{}, err
 		}
+		m.checked = true
+		if m.key != "" {
+			m.headers[wire.KeyHeader] = m.key
+		}
+		m.headers[wire.CreatedAtHeader] = m.createdAt.UTC().Format(wire.CreatedAtFormat)
 	}
-	if err := wire.CheckHeaders(m.headers); err != nil {
-		return amqp.Publishing{}, err
-	}
-	headers := make(amqp.Table, len(m.headers)+2)
-	for name, value := range m.headers {
-		headers[name] = value
-	}
-	if m.key != "" {
-		headers[wire.KeyHeader] = m.key
-	}
-	headers[wire.CreatedAtHeader] = m.createdAt.UTC().Format(wire.CreatedAtFormat)
 	return amqp.Publishing{
-		Headers:      headers,
+		Headers:      m.headers,
 		ContentType:  m.contentType,
 		DeliveryMode: amqp.Persistent,
 		MessageId:    m.messageID.String(),
@@ -70,4 +70,32 @@ func (m *message) publishing() (amqp.Publishing, error) {
 		Type:         m.typ,
 		Body:         m.payload,
 	}, nil
+}
+
+func (m *message) check() error {
+	for _, s := range [...]string{m.exchange, m.routingKey, m.typ, m.contentType} {
+		if err := wire.CheckShortString(s); err != nil {
+			return err
+		}
+	}
+	return wire.CheckHeaders(m.headers)
+}
+
+// headerText is headers as they are read: the text of jsonb.
+type headerText amqp.Table
+
+// ScanBytes decodes a flat object of strings. What holds an escape, or is something
+// else, goes the long way.
+func (h *headerText) ScanBytes(text []byte) error {
+	quoted := strings.Split(string(text), `"`) // { name : value , name : value }
+	table := make(map[string]any, len(quoted)/4+2)
+	*h = table
+	for i := 1; i+2 < len(quoted); i += 4 {
+		table[quoted[i]] = quoted[i+2]
+	}
+	if bytes.IndexByte(text, '\\') < 0 && 4*len(table)+1 == len(quoted) {
+		return nil
+	}
+	clear(table)
+	return json.Unmarshal(text, &table)
 }

@@ -1,7 +1,9 @@
 package relay
 
 import (
+	"cmp"
 	"context"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -17,6 +19,7 @@ type page struct {
 	position string     // in the log, after every commit that the read could see
 	running  snapshot
 	drawn    int64 // the last id of the sequence
+	free     bool  // there are lanes that nobody owns
 }
 
 // unplanned makes PostgreSQL plan a statement for each execution, by the size
@@ -24,13 +27,18 @@ type page struct {
 // empty reads all of it once it is not (0.2 s of 300,000 rows instead of 2 ms).
 const unplanned = pgx.QueryExecModeCacheDescribe
 
-// readSpans reads the ids in spans; of keys alone, if there are any.
-func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys ...string) (page, error) {
-	lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
-	for i, s := range spans {
-		lows[i], highs[i] = s.low, s.high
+// readSpans reads the ids in spans, which are sorted; of keys alone, if there are
+// any.
+func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys ...string) (p page, err error) {
+	if len(spans) == 1 {
+		p, err = r.read(ctx, r.sql.page, pageBytes, pageRows, ids, spans[0].low, spans[0].high, keys)
+	} else {
+		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
+		for i, s := range spans {
+			lows[i], highs[i] = s.low, s.high
+		}
+		p, err = r.read(ctx, r.sql.pages, pageBytes, pageRows, ids, lows, highs, keys)
 	}
-	p, err := r.read(ctx, r.sql.page, pageBytes, pageRows, ids, lows, highs, keys)
 	p.cut = p.cut || len(p.ids) >= pageRows
 	return p, err
 }
@@ -41,7 +49,7 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 func (r *reader) read(ctx context.Context, sql string, bytes, rows int, ids []int16, args ...any) (p page, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	args = append([]any{unplanned, bytes, rows, ids}, args...)
+	args = append([]any{unplanned, bytes, rows, laneSet(ids)}, args...)
 	if !r.loaded {
 		p, err = query(ctx, r.db, sql, args)
 	}
@@ -50,6 +58,9 @@ func (r *reader) read(ctx context.Context, sql string, bytes, rows int, ids []in
 	}
 	if err != nil {
 		return page{}, err
+	}
+	if p.free {
+		notify(r.leases.look)
 	}
 	size, now, mine := 0, r.leases.owned(), p.messages[:0]
 	for _, m := range p.messages {
@@ -106,21 +117,22 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 		return page{}, err
 	}
 	defer rows.Close()
-	if rows.Next() { // the head
-		var running []int64
-		if err := rows.Scan(nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil,
-			&p.durable, &p.position, &running, &p.drawn); err != nil {
-			return page{}, err
-		}
-		for _, xid := range running {
-			p.running = append(p.running, uint64(xid))
-		}
-	}
 	for rows.Next() {
+		if rows.RawValues()[0] == nil { // the head
+			var running []int64
+			if err := rows.Scan(nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil,
+				&p.durable, &p.position, &running, &p.drawn, &p.free); err != nil {
+				return page{}, err
+			}
+			for _, xid := range running {
+				p.running = append(p.running, uint64(xid))
+			}
+			continue
+		}
 		m := &message{}
 		var mine bool
 		if err := rows.Scan(&m.id, &m.lane, (*[16]byte)(&m.messageID), &m.key, &m.exchange, &m.routingKey, &m.typ, &m.contentType,
-			&m.headers, &m.payload, &m.createdAt, &m.attempts, &mine, &m.behind, nil, nil, nil, nil); err != nil {
+			(*headerText)(&m.headers), &m.payload, &m.createdAt, &m.attempts, &mine, &m.behind, nil, nil, nil, nil, nil); err != nil {
 			return page{}, err
 		}
 		p.ids = append(p.ids, m.id)
@@ -130,7 +142,20 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 			p.rest = append(p.rest, m)
 		}
 	}
-	return p, rows.Err()
+	if err := rows.Err(); err != nil {
+		return page{}, err
+	}
+	slices.Sort(p.ids)
+	slices.SortFunc(p.messages, func(a, b *message) int { return cmp.Compare(a.id, b.id) })
+	return p, nil
+}
+
+// laneSet has a bit for each lane.
+func laneSet(ids []int16) (set int64) {
+	for _, id := range ids {
+		set |= 1 << id
+	}
+	return set
 }
 
 // pause waits, or returns why ctx ended.

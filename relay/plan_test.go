@@ -85,15 +85,16 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		sql  string
 		args []any
 	}{
-		{"page at the start", pageRows, sql.page, []any{pageBytes, pageRows, all, []int64{1}, []int64{math.MaxInt64}, []string(nil)}},
-		{"page in the middle", pageRows, sql.page, []any{pageBytes, pageRows, all, []int64{rows / 2}, []int64{math.MaxInt64}, []string(nil)}},
-		{"page at the end", 10, sql.page, []any{pageBytes, pageRows, all, []int64{rows - 9}, []int64{rows}, []string(nil)}},
-		{"gaps", 600, sql.page, []any{pageBytes, pageRows, all, lows, highs, []string(nil)}},
-		{"what was passed over", pageRows, sql.page, []any{pageBytes, pageRows, all, []int64{rows / 2}, []int64{math.MaxInt64}, []string{"77"}}},
-		{"due", 100, sql.due, []any{pageBytes, duePerLane, all, []int64{}}},
+		{"page at the start", pageRows, sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), int64(math.MaxInt64), []string(nil)}},
+		{"page in the middle", pageRows, sql.page, []any{pageBytes, pageRows, int64(-1), int64(rows / 2), int64(math.MaxInt64), []string(nil)}},
+		{"page at the end", 10, sql.page, []any{pageBytes, pageRows, int64(-1), int64(rows - 9), int64(rows), []string(nil)}},
+		{"gaps", 600, sql.pages, []any{pageBytes, pageRows, int64(-1), lows, highs, []string(nil)}},
+		{"what was passed over", pageRows, sql.page, []any{pageBytes, pageRows, int64(-1), int64(rows / 2), int64(math.MaxInt64), []string{"77"}}},
+		{"due", 100, sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}}},
 		{"blocked keys", 100, sql.blocked, []any{all, "", 15}},
-		{"heads", 100, sql.heads, []any{pageBytes, 1, all, blockedLanes, blockedKeys}},
+		{"heads", 100, sql.heads, []any{pageBytes, 1, int64(-1), blockedLanes, blockedKeys}},
 		{"delete", settleRows, sql.delete, []any{ids, messageIDs}},
+		{"delete parked", settleRows, sql.deleteParked, []any{ids, messageIDs}},
 		{"park", settleRows, sql.park, verdicts(settleRows, outbox)},
 		{"park again", 100, sql.repark, append(verdicts(100, parked), time.Hour.Seconds())},
 		{"lease", lanes, sql.lease, []any{owner, "test", time.Minute, true}},
@@ -111,7 +112,7 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 	must(reader.Exec(ctx, `SELECT count(*) FROM `+outbox))
 	must(db.Exec(ctx, `DELETE FROM `+outbox))
 	page := func(after int64) int {
-		return pagesRead(t, db, sql.page, []any{pageBytes, pageRows, all, []int64{after + 1}, []int64{math.MaxInt64}, []string(nil)})
+		return pagesRead(t, db, sql.page, []any{pageBytes, pageRows, int64(-1), after + 1, int64(math.MaxInt64), []string(nil)})
 	}
 	if pages := page(2 * rows); pages > 500 {
 		t.Errorf("above the floor: read %d pages for nothing", pages)

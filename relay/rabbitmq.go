@@ -42,9 +42,9 @@ type RabbitMQConfig struct {
 
 const (
 	defaultConfirmTimeout = 15 * time.Second
-	channels              = 4   // for all but what is alone
-	window                = 250 // messages in flight on each
-	probers               = 8   // channels for what is alone, one message on each
+	channels              = 4  // for all but what is alone
+	window                = 64 // messages in flight on each
+	probers               = 8  // connections for what is alone, while there is something
 )
 
 // RabbitMQ returns a Publisher for amqpURL: one URL, or several whole ones

@@ -104,6 +104,9 @@ func (r *Relay) Run(ctx context.Context) error {
 	settling.Go(func() { r.settler.run(hard, stopSettling) })
 	publishing.Go(func() { r.publishLoop(ctx, hard) })
 	publishing.Go(func() { r.isolate(ctx, hard) })
+	for range probers {
+		publishing.Go(func() { r.probe(ctx, hard) })
+	}
 	reading.Go(func() { r.reader.run(ctx) })
 
 	<-ctx.Done()

@@ -33,7 +33,7 @@ func (h *hand) push(m *message) {
 
 // offer puts a route into the turn if something may be taken of it.
 func (h *hand) offer(r *route) {
-	if !r.inTurn && len(r.ready) > 0 && r.inFlight < h.share() {
+	if !r.inTurn && len(r.ready) > 0 && r.inFlight < h.share() && !h.onTrial[r.destination] {
 		r.inTurn = true
 		h.turn = append(h.turn, r)
 		notify(h.some)
@@ -67,6 +67,18 @@ func (h *hand) take(limit int) (taken []*message) {
 	return taken
 }
 
+// endTrial lets a destination go on, now that m has shown whether it answers.
+func (h *hand) endTrial(m *message) {
+	if !m.onTrial {
+		return
+	}
+	m.onTrial = false
+	delete(h.onTrial, m.destination)
+	if r := h.routes[m.destination]; r != nil {
+		h.offer(r)
+	}
+}
+
 // release gives the place of m in the window to another.
 func (h *hand) release(m *message) {
 	r := m.route
@@ -86,7 +98,7 @@ func (h *hand) release(m *message) {
 // slowly than messages for it come.
 func (h *hand) crowds(m *message) bool {
 	r := h.routes[m.destination]
-	return r != nil && r.inFlight >= h.share()
+	return r != nil && (r.inFlight >= h.share() || h.onTrial[m.destination])
 }
 
 // apart releases messages that are taken and will not be published among others.
@@ -96,4 +108,26 @@ func (h *hand) apart(ms []*message) {
 	for _, m := range ms {
 		h.release(m)
 	}
+}
+
+// try takes back what was in flight when answers ceased to come. One message of
+// each destination is published alone; the others wait until that has shown
+// whether the destination answers.
+func (h *hand) try(ms []*message) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range ms {
+		h.busy[m.lane]--
+		h.release(m)
+		if !m.alone && !h.onTrial[m.destination] {
+			h.onTrial[m.destination] = true
+			m.alone, m.onTrial = true, true
+		}
+		if m.alone {
+			h.alone = append(h.alone, m)
+		} else {
+			h.push(m)
+		}
+	}
+	notify(h.probes)
 }

@@ -23,6 +23,7 @@ type session struct {
 
 	watchers     sync.WaitGroup // they end with the connection
 	lastAnswered atomic.Int64   // when the latest message that has an answer was sent
+	stalled      atomic.Bool    // it was given up for want of answers
 
 	mu      sync.Mutex
 	open    chan struct{} // closed while the broker takes messages
@@ -53,17 +54,19 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 
 	var publishers sync.WaitGroup
 	for range channels {
-		publishers.Go(func() { s.serve(ctx, source{r.hand.take, r.hand.retryAll, r.hand.some}, window, false) })
-	}
-	for range probers {
-		publishers.Go(func() { s.serve(ctx, source{r.hand.takeAlone, r.hand.retryAll, r.hand.probes}, 1, true) })
+		publishers.Go(func() { s.serve(ctx, source{r.hand.take, r.hand.retryAll, r.hand.some}) })
 	}
 	publishers.Wait()
 	cause := context.Cause(ctx)
 	stopping := errors.Is(cause, context.Canceled)
 	s.end()
 	r.hand.apart(s.orphans)
-	r.unknownAll(r.isolation.died(s.orphans, stopping || explained(cause), r.counts.published.Load()))
+	if s.stalled.Load() {
+		r.counts.unknown.Add(int64(len(s.orphans)))
+		r.hand.try(s.orphans)
+	} else {
+		r.unknownAll(r.isolation.died(s.orphans, stopping || explained(cause), r.counts.published.Load()))
+	}
 	if stopping {
 		return nil
 	}
@@ -149,9 +152,9 @@ func (s *session) lost(ms []*message) {
 
 // serve publishes what a source brings, on one channel after another: the broker
 // closes a channel for a message that it cannot take at all.
-func (s *session) serve(ctx context.Context, from source, window int, prober bool) {
+func (s *session) serve(ctx context.Context, from source) {
 	for ctx.Err() == nil {
-		c, err := s.newChannel(window, prober)
+		c, err := s.newChannel(window, false)
 		if err != nil {
 			s.fail(fmt.Errorf("open channel: %w", err))
 			return

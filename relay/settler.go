@@ -24,7 +24,8 @@ type settler struct {
 }
 
 const (
-	settleRows    = 500
+	settleRows    = 1000
+	settleDelay   = 30 * time.Millisecond // for more to settle at once
 	settleTimeout = 10 * time.Second
 )
 
@@ -40,6 +41,13 @@ func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 		if len(confirmed) == 0 && len(refused) == 0 {
 			select {
 			case <-s.hand.settle:
+				if !s.hand.muchToSettle() {
+					select {
+					case <-stop:
+					default:
+						_ = pause(ctx, settleDelay) // its end is seen next time
+					}
+				}
 			case <-stop:
 				if confirmed, refused = s.hand.toSettle(settleRows); len(confirmed) == 0 && len(refused) == 0 {
 					return
@@ -73,21 +81,39 @@ func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 // the lane now, a confirmed message is done. Nothing waits for the disk: what a
 // crash forgets is published twice.
 func (s *settler) delete(ctx context.Context, confirmed []*message) error {
-	if len(confirmed) == 0 {
-		return nil
+	var fresh, parked []*message
+	for _, m := range confirmed {
+		if m.parked {
+			parked = append(parked, m)
+		} else {
+			fresh = append(fresh, m)
+		}
 	}
-	ids := make([]int64, len(confirmed))
-	messageIDs := make([]uuid.UUID, len(confirmed))
-	for i, m := range confirmed {
-		ids[i], messageIDs[i] = m.id, m.messageID
+	gone, err := s.deleteFrom(ctx, s.sql.delete, fresh)
+	if err == nil && gone < len(fresh) { // another owner of the lane has parked it
+		parked = append(parked, fresh...)
 	}
-	if err := s.exec(ctx, s.sql.delete, ids, messageIDs); err != nil {
+	if err == nil {
+		_, err = s.deleteFrom(ctx, s.sql.deleteParked, parked)
+	}
+	if err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
 	}
 	for _, m := range confirmed {
 		s.hand.settled(m)
 	}
 	return nil
+}
+
+func (s *settler) deleteFrom(ctx context.Context, sql string, ms []*message) (gone int, err error) {
+	if len(ms) == 0 {
+		return 0, nil
+	}
+	ids, messageIDs := make([]int64, len(ms)), make([][16]byte, len(ms)) // pgx takes its time for uuid.UUIDs
+	for i, m := range ms {
+		ids[i], messageIDs[i] = m.id, m.messageID
+	}
+	return s.exec(ctx, sql, ids, messageIDs)
 }
 
 // park records refusals, of messages whose lane is still ours under the epoch at
@@ -102,7 +128,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		}
 	}
 	if len(fresh) > 0 {
-		if err := s.exec(ctx, s.sql.park, s.arrays(fresh)...); err != nil {
+		if _, err := s.exec(ctx, s.sql.park, s.arrays(fresh)...); err != nil {
 			return fmt.Errorf("park refused messages: %w", err)
 		}
 	}
@@ -152,9 +178,9 @@ func (s *settler) arrays(refused []verdict) []any {
 }
 
 // exec runs one statement, within settleTimeout.
-func (s *settler) exec(ctx context.Context, sql string, args ...any) error {
+func (s *settler) exec(ctx context.Context, sql string, args ...any) (rows int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	_, err := s.db.Exec(ctx, sql, append([]any{unplanned}, args...)...)
-	return err
+	tag, err := s.db.Exec(ctx, sql, append([]any{unplanned}, args...)...)
+	return int(tag.RowsAffected()), err
 }

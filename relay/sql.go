@@ -9,9 +9,11 @@ import (
 // statements holds the SQL of one schema. Times come from the database's clock.
 type statements struct {
 	lease, release       string
-	page, due, flushed   string
+	page, pages, due     string
+	flushed              string
 	blocked, heads       string
-	delete, park, repark string
+	delete, deleteParked string
+	park, repark         string
 }
 
 func newStatements(schema string) statements {
@@ -24,9 +26,13 @@ func newStatements(schema string) statements {
 	)
 	return statements{
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
-		page: replacer.Replace(pageSQL), due: replacer.Replace(dueSQL), flushed: flushedSQL,
+		page:  replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpan, 1)),
+		pages: replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpans, 1)),
+		due:   replacer.Replace(dueSQL), flushed: flushedSQL,
 		blocked: replacer.Replace(blockedSQL), heads: replacer.Replace(headsSQL),
-		delete: replacer.Replace(deleteSQL), park: replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
+		delete:       replacer.Replace(strings.ReplaceAll(deleteSQL, "{table}", "{outbox}")),
+		deleteParked: replacer.Replace(strings.ReplaceAll(deleteSQL, "{table}", "{parked}")),
+		park:         replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
 	}
 }
 
@@ -73,31 +79,31 @@ const releaseSQL = `WITH freed AS (
 	DELETE FROM {relay} WHERE id = $1 AND $3`
 
 // Pages are read by statements of one form, bounded by $1 bytes of payload, $2
-// rows and the lanes $3. Their first row says, with the other columns NULL: whether
-// the log was on disk up to a position after every commit that the statement can
-// see (it is read after the snapshot was taken), that position, the transactions
-// in progress, and the last id drawn.
+// rows and the lanes $3. One row, that without an id, says: whether the log was on
+// disk up to a position after every commit that the statement can see (it is read
+// after the snapshot was taken), that position, the transactions in progress, the
+// last id drawn, and whether somebody has left lanes to take. The rows are sorted by who reads them: PostgreSQL would copy
+// each for it.
 const (
 	headSQL = `
 	SELECT NULL::bigint, NULL::smallint, NULL::uuid, NULL, NULL, NULL, NULL, NULL, NULL::jsonb, NULL::bytea,
 		NULL::timestamptz, NULL::int, NULL::boolean, NULL::boolean,
 		pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), pg_current_wal_insert_lsn()::text,
 		ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint),
-		(SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence})
+		(SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence}),
+		EXISTS (SELECT FROM {lane} WHERE owner IS NULL)
 	UNION ALL
 	SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
-		created_at, attempts, mine, behind, NULL, NULL, NULL, NULL
-	FROM page WHERE running - bytes < $1
-	ORDER BY 1 NULLS FIRST`
+		created_at, attempts, mine, behind, NULL, NULL, NULL, NULL, NULL
+	FROM page WHERE running - bytes < $1`
 	messageColumns = `id, lane, message_id, key, exchange, routing_key, type, content_type, headers`
 )
 
-// pageSQL reads the ids in the spans $4 to $5 by primary key, whatever their lane,
-// and blanks those of lanes other than $3, or, if $6 is given, of other keys:
-// filtering inside would read on through the rows of others. behind says that a
-// message of the key is parked, by index (lane, key, id); if none of any key is,
-// that costs one look for the page. EXISTS would drop the ORDER BY that pins the
-// plan of both looks.
+// pageSQL reads the ids from $4 to $5 by primary key, whatever their lane, and
+// blanks those of lanes other than $3, or, if $6 is given, of other keys: filtering
+// inside would read on through the rows of others. behind says that a message of the
+// key is parked, by index (lane, key, id); if none of any key is, that costs one look
+// for the page. EXISTS would drop the ORDER BY that pins the plan of both looks.
 const pageSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
 			CASE WHEN mine AND key IS NOT NULL AND (
@@ -105,19 +111,35 @@ const pageSQL = `WITH page AS (
 			) IS NOT NULL THEN (
 				SELECT p.id FROM {parked} AS p WHERE p.lane = next.lane AND p.key = next.key ORDER BY p.lane, p.key, p.id LIMIT 1
 			) IS NOT NULL ELSE false END AS behind,
-			CASE WHEN mine THEN payload END AS payload, bytes, sum(bytes) OVER (ORDER BY id) AS running
+			CASE WHEN mine THEN payload END AS payload, bytes, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS running
 		FROM (
 			SELECT n.*, CASE WHEN mine THEN octet_length(payload) ELSE 0 END AS bytes
 			FROM (
-				SELECT o.*, lane = ANY($3) AND coalesce(key = ANY($6::text[]), $6 IS NULL) AS mine
-				FROM unnest($4::bigint[], $5::bigint[]) AS s (low, high)
-				CROSS JOIN LATERAL (
-					SELECT * FROM {outbox} WHERE id BETWEEN s.low AND s.high ORDER BY id LIMIT $2
-				) AS o
-				ORDER BY id LIMIT $2
+				SELECT o.*, ($3::bigint >> lane) & 1 = 1 AND coalesce(key = ANY($6::text[]), $6 IS NULL) AS mine
+				FROM {ids} AS o
 			) AS n
 		) AS next
 	)` + headSQL
+
+// A range of ids looks small to the planner, which has no statistics, and it would
+// sort all of it; the lower bound alone pins the index scan. No more is read than
+// a span has ids.
+const (
+	idsOfSpan = `(
+					SELECT * FROM (SELECT * FROM {outbox} WHERE id >= $4::bigint ORDER BY id LIMIT $2) AS i WHERE id <= $5::bigint
+				)`
+	// idsOfSpans reads several spans at once. Only ids are sorted.
+	idsOfSpans = `(
+					SELECT o.* FROM (
+						SELECT i.id FROM unnest($4::bigint[], $5::bigint[]) AS s (low, high)
+						CROSS JOIN LATERAL (
+							SELECT id FROM {outbox} WHERE id >= s.low ORDER BY id LIMIT least($2, s.high - s.low + 1)
+						) AS i
+						WHERE i.id <= s.high
+						ORDER BY id LIMIT $2
+					) AS i CROSS JOIN LATERAL (SELECT * FROM {outbox} WHERE id = i.id ORDER BY id LIMIT 1) AS o
+				)`
+)
 
 // dueSQL reads parked messages whose time has come, other than those with the ids
 // $4 and with a key only its head, by index (lane, due_at); $2 rows are per lane. A scheduled message was
@@ -127,10 +149,10 @@ const dueSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, attempts, true AS mine, true AS behind, payload,
 			CASE WHEN reason = 'scheduled' THEN greatest(created_at, due_at) ELSE created_at END AS created_at,
 			octet_length(payload) AS bytes, sum(octet_length(payload)) OVER (ORDER BY id) AS running
-		FROM unnest($3::smallint[]) AS l (lane_wanted)
+		FROM generate_series(0, 63) AS l (lane_wanted)
 		CROSS JOIN LATERAL (
 			SELECT * FROM {parked} AS p
-			WHERE p.lane = l.lane_wanted AND p.due_at <= statement_timestamp() AND p.id <> ALL($4::bigint[])
+			WHERE p.lane = l.lane_wanted AND ($3::bigint >> l.lane_wanted) & 1 = 1 AND p.due_at <= statement_timestamp() AND p.id <> ALL($4::bigint[])
 				AND NOT EXISTS (SELECT FROM {parked} AS h WHERE h.lane = p.lane AND h.key = p.key AND h.id < p.id)
 			ORDER BY p.due_at LIMIT $2
 		) AS d
@@ -151,7 +173,7 @@ const blockedSQL = `WITH RECURSIVE blocked AS (
 // by index (lane, key, id); $2 rows are per key, or one if that is not to be sent
 // now. Such come without payload.
 const headsSQL = `WITH page AS (
-		SELECT ` + messageColumns + `, attempts, created_at, lane = ANY($3::smallint[]) AND due AS mine, false AS behind,
+		SELECT ` + messageColumns + `, attempts, created_at, ($3::bigint >> lane) & 1 = 1 AND due AS mine, false AS behind,
 			CASE WHEN due THEN payload END AS payload, CASE WHEN due THEN octet_length(payload) ELSE 0 END AS bytes,
 			sum(CASE WHEN due THEN octet_length(payload) ELSE 0 END) OVER (ORDER BY id) AS running
 		FROM unnest($4::smallint[], $5::text[]) AS k (lane_wanted, key_wanted)
@@ -172,22 +194,13 @@ const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
 // flushes; that of one that only drew a transaction id does not.
 const emitSQL = `SELECT pg_logical_emit_message(true, 'txbox', '')`
 
-// deleteSQL removes confirmed messages wherever they are, by primary key, one
-// look-up for each whatever the planner thinks of the table's size. Ids alone do
-// not do: after a fail-over they can be issued again.
-const deleteSQL = `WITH confirmed AS MATERIALIZED (
-		SELECT c.* FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id),
-			(SELECT set_config('synchronous_commit', 'off', true)) AS setting
-	), parked AS (
-		DELETE FROM {parked} WHERE ctid = ANY(ARRAY(
-			SELECT p.ctid FROM confirmed AS c
-			CROSS JOIN LATERAL (SELECT ctid, message_id FROM {parked} WHERE id = c.id LIMIT 1) AS p
-			WHERE p.message_id = c.message_id))
-	)
-	DELETE FROM {outbox} WHERE ctid = ANY(ARRAY(
-		SELECT o.ctid FROM confirmed AS c
-		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {outbox} WHERE id = c.id LIMIT 1) AS o
-		WHERE o.message_id = c.message_id))`
+// deleteSQL removes confirmed messages from one of the two tables by primary key,
+// one look-up for each whatever the planner thinks of the table's size. Ids alone
+// do not do: after a fail-over they can be issued again.
+const deleteSQL = `DELETE FROM {table} WHERE ctid = ANY(ARRAY(
+		SELECT o.ctid FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
+		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1) AS o
+		WHERE o.message_id = c.message_id AND (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL))`
 
 // refusedRows is what parkSQL and reparkSQL share: the verdicts, one array per
 // column, of those messages whose lane is still ours. The lanes' rows are locked

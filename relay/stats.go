@@ -82,6 +82,7 @@ type Stats struct {
 	LeaseLost int64 // leases that ended before they were renewed
 	Lanes     int   // owned now, of 64
 	InHand    int   // messages read and not settled
+	InFlight  int   // of those, published and not answered
 }
 
 // Stats returns the relay's counters.
@@ -94,6 +95,7 @@ func (r *Relay) Stats() Stats {
 	}
 	r.hand.mu.Lock()
 	inHand := len(r.hand.byID) - len(r.hand.gone)
+	inFlight := r.hand.inFlight
 	r.hand.mu.Unlock()
 	return Stats{
 		Published: r.counts.published.Load(),
@@ -102,6 +104,7 @@ func (r *Relay) Stats() Stats {
 		LeaseLost: r.leases.lost.Load(),
 		Lanes:     owned,
 		InHand:    inHand,
+		InFlight:  inFlight,
 	}
 }
 

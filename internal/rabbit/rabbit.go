@@ -104,12 +104,12 @@ func isLoopback(host string) bool {
 // Conn is a connection that can be cut.
 type Conn struct {
 	*amqp.Connection
-	raw net.Conn
+	socket *gatherConn
 }
 
 // Cut closes the socket. Unlike Close it never waits for the peer; everything
 // that waits on the connection fails at once.
-func (c *Conn) Cut() { c.raw.Close() }
+func (c *Conn) Cut() { c.socket.cut() }
 
 // Dial returns a connection to the first host that answers, beginning with the
 // one after the last that was tried. Cancelling ctx ends it; each host gets at
@@ -160,9 +160,9 @@ func (d *Dialer) dialOne(ctx context.Context, rawURL string) (*Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		conn.raw = raw
+		conn.socket = newGatherConn(raw, d.cfg.WriteTimeout)
 		stop = context.AfterFunc(ctx, conn.Cut) // ends the handshake too
-		return &deadlineConn{Conn: raw, timeout: d.cfg.WriteTimeout}, nil
+		return conn.socket, nil
 	}
 	conn.Connection, err = amqp.DialConfig(rawURL, config)
 	if stop != nil && !stop() && err == nil {
@@ -170,24 +170,10 @@ func (d *Dialer) dialOne(ctx context.Context, rawURL string) (*Conn, error) {
 		err = context.Cause(ctx)
 	}
 	if err != nil {
-		if conn.raw != nil {
+		if conn.socket != nil {
 			conn.Cut()
 		}
 		return nil, fmt.Errorf("dial %s: %w", host, err)
 	}
 	return conn, nil
-}
-
-// deadlineConn gives each write a deadline. Without it a peer that stops reading
-// holds the client for ever, heartbeats or not.
-type deadlineConn struct {
-	net.Conn
-	timeout time.Duration
-}
-
-func (c *deadlineConn) Write(b []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(c.timeout)); err != nil {
-		return 0, err
-	}
-	return c.Conn.Write(b)
 }

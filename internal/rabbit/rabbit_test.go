@@ -169,25 +169,6 @@ func TestDialToASilentHostEndsWithItsContext(t *testing.T) {
 	}
 }
 
-func TestWriteToAPeerThatStoppedReadingEnds(t *testing.T) {
-	near, far := net.Pipe() // it has no buffer: nobody reads, nobody can write
-	defer near.Close()
-	defer far.Close()
-	result := make(chan error, 1)
-	go func() {
-		_, err := (&deadlineConn{near, 20 * time.Millisecond}).Write([]byte("x"))
-		result <- err
-	}()
-	select {
-	case err := <-result:
-		if err == nil {
-			t.Error("written to nobody")
-		}
-	case <-time.After(5 * time.Second):
-		t.Fatal("a write has no deadline")
-	}
-}
-
 // tlsFront ends TLS before the broker, with a certificate for host that is valid
 // until the time given.
 func tlsFront(t *testing.T, host string, until time.Time) (address string, roots *x509.CertPool) {
