@@ -129,11 +129,10 @@ func claimSQL(schema string) string {
 
 // unparkSQL opens the transaction of a claimed attempt: the row is locked and
 // gone if the transaction commits (inbox_parked_pkey). No row affected: a later
-// attempt has begun elsewhere, or an operator was faster.
+// attempt has begun elsewhere, or an operator was faster. It waits for the lock:
+// another consumer's claimSQL, which comes too late, holds it for a moment.
 func unparkSQL(schema string) string {
-	parked := table(schema, "inbox_parked")
-	return `DELETE FROM ` + parked + ` WHERE id = (SELECT id FROM ` + parked + `
-		WHERE id = $1 AND attempts = $2 AND reason = 'retry' FOR UPDATE SKIP LOCKED)`
+	return `DELETE FROM ` + table(schema, "inbox_parked") + ` WHERE id = $1 AND attempts = $2 AND reason = 'retry'`
 }
 
 // settleSQL ends a claimed attempt that failed (inbox_parked_pkey). attempts
