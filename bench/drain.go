@@ -36,10 +36,10 @@ func drain(ctx context.Context, b *bench) ([]Result, error) {
 	return []Result{sideBySide("rate", "msg/s", 0.90, rounds)}, nil
 }
 
-// The best of those tried: 1 to 8 channels with 100 to 1,000 in flight in each.
+// The best of those tried: 1 to 8 channels with 64 to 4,000 in flight on each.
 const (
-	bareChannels = 4
-	bareWindow   = 64
+	bareChannels = 8
+	bareWindow   = 125
 )
 
 // drainOnce returns messages per second, and the processor time when it began to
