@@ -13,9 +13,9 @@ const (
 	sweepFirst = 2 * time.Millisecond
 	sweepMost  = 50 * time.Millisecond
 	// silentAfter is how long a message may be without an answer while others, sent
-	// after it, get theirs; doubtFor is how long it has then
-	// still, since answers are read by several goroutines, and sentApart is by how
-	// much later what went through other channels must have been sent.
+	// after it, get theirs; doubtFor is how long it has then still, since answers are
+	// read by several goroutines, and sentApart is by how much later what went
+	// through other channels must have been sent.
 	silentAfter = 1500 * time.Millisecond
 	doubtFor    = 500 * time.Millisecond
 	sentApart   = 100 * time.Millisecond

@@ -47,8 +47,8 @@
 //
 // At most one message of a key is ready or in flight, so that whatever is
 // published again is so in order. Ready messages are taken by destination, in
-// turn, and one destination has at most a quarter of the window while there are
-// others. The hand has a bound in messages and in bytes, and the reader waits
+// turn, and each destination has its share of the window, a quarter of it where
+// there are four or more. The hand has a bound in messages and in bytes, and the reader waits
 // while it is full. Of one key at most 256 messages or 1 MiB wait in it: what
 // follows is passed over, and read when there is room. If the hand is full of
 // messages that wait while the broker could take others, what would have to wait

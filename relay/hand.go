@@ -141,8 +141,7 @@ func (h *hand) readEnded() {
 	h.gone = h.gone[:0]
 }
 
-// drop forgets messages that were taken and not sent, whose lanes are no longer
-// ours.
+// drop forgets a message that was taken and not sent, whose lane is no longer ours.
 func (h *hand) drop(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

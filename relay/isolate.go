@@ -169,6 +169,3 @@ func (r *Relay) unknownAll(ms []*message) {
 		r.unknown(m)
 	}
 }
-
-// quickly bounds a goodbye that does not matter.
-const quickly = time.Second

@@ -19,7 +19,7 @@ func (r *Relay) probe(ctx, hard context.Context) {
 		}
 		conn, err := r.pub.connect(ctx)
 		if err != nil { // the other connection's condition tells
-			_ = pause(ctx, wait.NextBackOff())
+			_ = pause(ctx, wait.NextBackOff()) // its end is seen next time
 			notify(r.hand.probes)
 			continue
 		}

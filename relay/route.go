@@ -1,8 +1,9 @@
 package relay
 
 // route is the messages in the hand that go to one destination. Those that are
-// ready are taken in turn with other destinations', and no destination may fill
-// the window while there are others: a slow queue would stop them.
+// ready are taken in turn with other destinations', and each has its share of the
+// window, half of it among two, a quarter among four or more: one that answers
+// slowly would stop the others.
 type route struct {
 	destination
 	ready    []*message

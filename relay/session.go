@@ -73,6 +73,9 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 	return cause
 }
 
+// quickly bounds a goodbye that does not matter.
+const quickly = time.Second
+
 // end closes the connection and waits for those that watch it. When it is called
 // for a stop all is confirmed: how the goodbye goes does not matter.
 func (s *session) end() {

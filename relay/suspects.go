@@ -9,7 +9,7 @@ import (
 // suspects are destinations that would harm others: exchanges that the broker
 // said are missing or closed to us, each message to which closes a channel, and
 // queues that do not answer. Their messages are parked, and one at a time is tried
-// on a channel of its own.
+// on a connection of its own.
 type suspects struct {
 	count   atomic.Int64 // so that what is confirmed need not lock
 	mu      sync.Mutex
