@@ -21,97 +21,61 @@ const (
 	sentApart   = 100 * time.Millisecond
 )
 
-// await turns the broker's answers into verdicts, until no more is sent and all is
-// answered. Answers come in any order, most of them in that of sending: it waits
-// for the oldest, and now and then looks at all.
-func (c *channel) await() {
-	var pending []flight
-	sweep := sweepFirst
-	timer := time.NewTimer(sweep)
-	defer timer.Stop()
-	var doubted *amqp.DeferredConfirmation // the oldest, when others overtook it
-	var doubtedAt int64
-	for {
-		if len(pending) == 0 {
-			f, ok := <-c.sent
-			if !ok {
-				return
-			}
-			pending = append(pending, f)
-		}
-		swept := false
-		timer.Reset(sweep)
-		select {
-		case <-pending[0].confirm.Done():
-		case <-timer.C:
-			swept = true
-		}
-		for more := true; more; {
-			select {
-			case f, ok := <-c.sent:
-				if more = ok; ok {
-					pending = append(pending, f)
-				}
-			default:
-				more = false
-			}
-		}
-		before := len(pending)
-		pending = c.collect(pending, swept)
-		switch {
-		case len(pending) < before:
-			sweep = sweepFirst
-		case swept:
-			sweep = min(2*sweep, sweepMost)
-		}
-		if !swept || len(pending) == 0 {
-			continue
-		}
-		oldest := pending[0]
-		if oldest.confirm != doubted && c.overtaken(oldest) {
-			doubted, doubtedAt = oldest.confirm, since()
-		}
-		if oldest.confirm == doubted && since()-doubtedAt > int64(doubtFor) || c.late(oldest) {
-			c.giveUp(oldest)
-		}
-	}
-}
-
 // collectAhead is how many unanswered messages are passed when nothing says that
 // answers come out of order.
 const collectAhead = 32
 
-// collect acts on the answers that have come, and returns the messages without.
-func (c *channel) collect(pending []flight, all bool) []flight {
+// collect turns the broker's answers into verdicts. They come in any order, most of
+// them in that of sending: it looks at the oldest messages and now and then, after
+// a while without, at all.
+func (c *channel) collect(all bool) {
 	var acked []*message
-	kept, rest := pending[:0], len(pending)
-	for i, f := range pending {
+	before := len(c.pending)
+	kept, rest := c.pending[:0], before
+	for i, f := range c.pending {
 		if !all && len(kept) == collectAhead {
 			rest = i
 			break
 		}
-		select {
-		case <-f.confirm.Done():
-		default:
+		if !isClosed(f.confirm.Done()) {
 			kept = append(kept, f)
 			continue
 		}
-		<-c.slots
 		switch {
 		case f.confirm.Acked():
 			c.answered(f.at)
 			c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
 			acked = append(acked, f.message)
 		case c.ch.IsClosed() || c.conn.IsClosed():
-			c.orphan(f.message) // a closed channel answers like a nack
+			c.orphans = append(c.orphans, f.message) // a closed channel answers like a nack
 		default:
 			c.relay.refuse(f.message, nacked, "nacked by the broker")
 		}
 	}
-	kept = append(kept, pending[rest:]...)
-	clear(pending[len(kept):])
+	kept = append(kept, c.pending[rest:]...)
+	clear(c.pending[len(kept):])
+	c.pending = kept
 	c.confirmed(acked)
-	return kept
+	if len(kept) < before {
+		c.sweep = sweepFirst
+	} else {
+		c.sweep = min(2*c.sweep, sweepMost)
+	}
+}
+
+// doubt gives the connection up if the oldest message has had no answer for too long.
+func (c *channel) doubt() {
+	if len(c.pending) == 0 {
+		return
+	}
+	oldest := c.pending[0]
+	tag := oldest.confirm.DeliveryTag
+	if tag != c.doubted && c.overtaken(oldest) {
+		c.doubted, c.doubtedAt = tag, since()
+	}
+	if tag == c.doubted && since()-c.doubtedAt > int64(doubtFor) || c.late(oldest) {
+		c.giveUp(oldest)
+	}
 }
 
 // confirmed tells those that were returned from those that the broker has. The

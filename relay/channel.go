@@ -5,30 +5,32 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// channel publishes with at most window messages in flight.
+// channel publishes with at most window messages in flight. One goroutine publishes
+// and reads the answers: of a key whose messages follow each other the next goes out
+// as soon as the answer to the last has come.
 type channel struct {
 	*session
-	ch     *amqp.Channel
-	prober bool // it publishes what is alone
-	slots  chan struct{}
-	sent   chan flight   // in flight; closed when no more will be
-	closed chan struct{} // closed when the channel is, after cause was set
-	cause  *amqp.Error   // nil: we closed it
+	ch      *amqp.Channel
+	prober  bool // it publishes what is alone
+	window  int
+	pending []flight      // in flight, in the order of sending
+	closed  chan struct{} // closed when the channel is, after cause was set
+	cause   *amqp.Error   // nil: we closed it
 
 	returns  chan amqp.Return
 	returned map[returnKey][]amqp.Return
-	overdue  *message // without an answer, so that the connection was given up
+	orphans  []*message // their fate was unknown when the channel closed
+	overdue  *message   // without an answer, so that the connection was given up
 
-	answeredTag uint64 // the highest that has its answer
-
-	mu      sync.Mutex
-	orphans []*message // their fate was unknown when the channel closed
+	answeredTag uint64        // the highest that has its answer
+	sweep       time.Duration // until answers are looked for behind the oldest
+	doubted     uint64        // the tag of the oldest, when others overtook it
+	doubtedAt   int64
 }
 
 // flight is a message in flight.
@@ -71,8 +73,8 @@ func (s *session) newChannel(window int, prober bool) (*channel, error) {
 		session: s,
 		ch:      ch,
 		prober:  prober,
-		slots:   make(chan struct{}, window),
-		sent:    make(chan flight, window),
+		window:  window,
+		sweep:   sweepFirst,
 		closed:  make(chan struct{}),
 		// One place for each message in flight: the client drops what finds the
 		// channel full for 5 s, and a return that is lost is a message lost.
@@ -87,66 +89,73 @@ func (s *session) newChannel(window int, prober bool) (*channel, error) {
 // publish takes messages until ctx ends, the channel closes, or the source has no
 // more, and returns when everything that was sent has its answer.
 func (c *channel) publish(ctx context.Context, from source) {
-	var answers sync.WaitGroup
-	answers.Go(c.await)
-	for c.publishSome(ctx, from) {
+	timer := time.NewTimer(c.sweep)
+	defer timer.Stop()
+	for taking := true; ; {
+		open := c.gate()
+		room := taking && len(c.pending) < c.window
+		if room && isClosed(open) {
+			taking = c.publishSome(ctx, from)
+			room = taking && len(c.pending) < c.window
+		}
+		if !taking && len(c.pending) == 0 {
+			break
+		}
+		var oldest, some, opened, ended, closed <-chan struct{} // of a nil channel nothing comes
+		if len(c.pending) > 0 {
+			oldest = c.pending[0].confirm.Done()
+			timer.Reset(c.sweep)
+		}
+		if taking {
+			ended, closed = ctx.Done(), c.closed
+		}
+		if room {
+			some = from.some
+			if !isClosed(open) {
+				some, opened = nil, open
+			}
+		}
+		select {
+		case <-oldest:
+			c.collect(false)
+		case <-timer.C:
+			c.collect(true)
+			c.doubt()
+		case <-some:
+		case <-opened:
+		case <-ended:
+			taking = false
+		case <-closed:
+			taking = false
+		}
 	}
-	close(c.sent)
-	answers.Wait()
 	c.settleOrphans()
 }
 
-// publishSome publishes what there is, or waits for something. It returns false if
-// there is no more to do.
-func (c *channel) publishSome(ctx context.Context, from source) bool {
-	slots := 0
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case c.slots <- struct{}{}:
-		slots++
-	case <-ctx.Done():
-		return false
-	case <-c.closed:
+	case <-c:
+		return true
+	default:
 		return false
 	}
-	for slots < takeAtOnce && c.slot() {
-		slots++
-	}
-	ms := from.take(slots)
-	for range slots - len(ms) {
-		<-c.slots
-	}
-	if len(ms) == 0 {
-		if from.some == nil {
-			return false
-		}
-		select {
-		case <-from.some:
-			return true
-		case <-ctx.Done():
-		case <-c.closed:
-		}
-		return false
-	}
+}
+
+// publishSome publishes what there is and has room. It returns false if there is no
+// more to do.
+func (c *channel) publishSome(ctx context.Context, from source) bool {
+	ms := from.take(min(takeAtOnce, c.window-len(c.pending)))
 	for i, m := range ms {
-		select {
-		case <-c.gate():
-		case <-ctx.Done():
+		if !isClosed(c.gate()) { // the broker stopped reading just now
+			from.back(ms[i:])
+			return true
 		}
 		if !c.send(ctx, m) {
 			from.back(ms[i+1:])
 			return false
 		}
 	}
-	return true
-}
-
-func (c *channel) slot() bool {
-	select {
-	case c.slots <- struct{}{}:
-		return true
-	default:
-		return false
-	}
+	return len(ms) > 0 || from.some != nil
 }
 
 // send publishes one message. It returns false if the channel is of no more use.
@@ -160,7 +169,6 @@ func (c *channel) send(ctx context.Context, m *message) bool {
 	if !r.leases.mayPublish(m, now) {
 		r.suspects.forget(m)
 		r.hand.drop(m)
-		<-c.slots
 		return true
 	}
 	if !m.alone && !r.suspects.admit(m) {
@@ -169,29 +177,21 @@ func (c *channel) send(ctx context.Context, m *message) bool {
 		} else {
 			r.refuse(m, suspected, "")
 		}
-		<-c.slots
 		return true
 	}
 	msg, err := m.publishing()
 	if err != nil {
 		r.refuse(m, impossible, err.Error())
-		<-c.slots
 		return true
 	}
 	confirm, err := c.ch.PublishWithDeferredConfirm(m.exchange, m.routingKey, true, false, msg)
 	if err != nil {
 		// Written in part, perhaps: the channel's close decides what this means.
-		c.orphan(m)
+		c.orphans = append(c.orphans, m)
 		return false
 	}
-	c.sent <- flight{m, confirm, now}
+	c.pending = append(c.pending, flight{m, confirm, now})
 	return true
-}
-
-func (c *channel) orphan(m *message) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.orphans = append(c.orphans, m)
 }
 
 // settleOrphans decides on the messages that were in flight when the channel

@@ -102,15 +102,20 @@ const (
 // pageSQL reads the ids from $4 to $5 by primary key, whatever their lane, and
 // blanks those of lanes other than $3, or, if $6 is given, of other keys: filtering
 // inside would read on through the rows of others. behind says that a message of the
-// key is parked, by index (lane, key, id); if none of any key is, that costs one look
-// for the page. EXISTS would drop the ORDER BY that pins the plan of both looks.
+// key is parked; if none of any key is, that costs one look for the page. EXISTS would
+// drop the ORDER BY that pins the plan of both looks.
+//
+// Parked messages of a key are found by one range of index (lane, key, id), here and
+// below. Of lane = and key = the planner would make of ORDER BY one by id: where one
+// key has most of the messages it then looks for the others through all of them.
 const pageSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
 			CASE WHEN mine AND key IS NOT NULL AND (
 				SELECT id FROM {parked} WHERE key IS NOT NULL ORDER BY lane, key, id LIMIT 1
-			) IS NOT NULL THEN (
-				SELECT p.id FROM {parked} AS p WHERE p.lane = next.lane AND p.key = next.key ORDER BY p.lane, p.key, p.id LIMIT 1
-			) IS NOT NULL ELSE false END AS behind,
+			) IS NOT NULL THEN coalesce((
+				SELECT p.lane = next.lane AND p.key = next.key FROM {parked} AS p
+				WHERE p.key IS NOT NULL AND (p.lane, p.key, p.id) >= (next.lane, next.key, 0) ORDER BY p.lane, p.key, p.id LIMIT 1
+			), false) ELSE false END AS behind,
 			CASE WHEN mine THEN payload END AS payload, bytes, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS running
 		FROM (
 			SELECT n.*, CASE WHEN mine THEN octet_length(payload) ELSE 0 END AS bytes
@@ -153,7 +158,9 @@ const dueSQL = `WITH page AS (
 		CROSS JOIN LATERAL (
 			SELECT * FROM {parked} AS p
 			WHERE p.lane = l.lane_wanted AND ($3::bigint >> l.lane_wanted) & 1 = 1 AND p.due_at <= statement_timestamp() AND p.id <> ALL($4::bigint[])
-				AND NOT EXISTS (SELECT FROM {parked} AS h WHERE h.lane = p.lane AND h.key = p.key AND h.id < p.id)
+				AND (p.key IS NULL OR p.id = (
+					SELECT h.id FROM {parked} AS h
+					WHERE h.key IS NOT NULL AND (h.lane, h.key, h.id) >= (p.lane, p.key, 0) ORDER BY h.lane, h.key, h.id LIMIT 1))
 			ORDER BY p.due_at LIMIT $2
 		) AS d
 	)` + headSQL
@@ -179,10 +186,12 @@ const headsSQL = `WITH page AS (
 		FROM unnest($4::smallint[], $5::text[]) AS k (lane_wanted, key_wanted)
 		CROSS JOIN LATERAL (
 			SELECT *, reason = 'blocked' OR reason = 'retry' AND due_at <= statement_timestamp() AS due FROM {parked} AS p
-			WHERE p.lane = k.lane_wanted AND p.key = k.key_wanted
-			ORDER BY p.id LIMIT (
+			WHERE p.key IS NOT NULL AND (p.lane, p.key, p.id) >= (k.lane_wanted, k.key_wanted, 0)
+				AND (p.lane, p.key) <= (k.lane_wanted, k.key_wanted)
+			ORDER BY p.lane, p.key, p.id LIMIT (
 				SELECT CASE WHEN h.reason = 'blocked' OR h.reason = 'retry' AND h.due_at <= statement_timestamp() THEN $2::int ELSE 1 END
-				FROM {parked} AS h WHERE h.lane = k.lane_wanted AND h.key = k.key_wanted ORDER BY h.id LIMIT 1
+				FROM {parked} AS h WHERE h.key IS NOT NULL AND (h.lane, h.key, h.id) >= (k.lane_wanted, k.key_wanted, 0)
+				ORDER BY h.lane, h.key, h.id LIMIT 1
 			)
 		) AS d
 	)` + headSQL
