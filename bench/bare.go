@@ -41,6 +41,7 @@ func bareChannel(conn *amqp.Connection, exchange, routingKey string, c, n, keys,
 	}
 	returns := ch.NotifyReturn(make(chan amqp.Return, window+1))
 	inFlight := make(chan *amqp.DeferredConfirmation, window)
+	slots := make(chan struct{}, window)
 	done := make(chan error, 1)
 	go func() {
 		var failed error
@@ -48,6 +49,7 @@ func bareChannel(conn *amqp.Connection, exchange, routingKey string, c, n, keys,
 			if !confirm.Wait() && failed == nil {
 				failed = errors.New("bare publishing: not confirmed")
 			}
+			<-slots
 			select {
 			case ret := <-returns:
 				failed = fmt.Errorf("bare publishing: returned: %s", ret.ReplyText)
@@ -57,6 +59,7 @@ func bareChannel(conn *amqp.Connection, exchange, routingKey string, c, n, keys,
 		done <- failed
 	}()
 	for i := c; i < n; i += channels {
+		slots <- struct{}{}
 		now := time.Now()
 		headers := amqp.Table{"traceparent": traceparent, "outbox-created-at": now.UTC().Format("2006-01-02T15:04:05.000000Z07:00")}
 		if keys > 0 {

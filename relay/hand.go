@@ -263,6 +263,9 @@ func (h *hand) toSettle(max int) (confirmed []*message, refused []verdict) {
 	confirmed, h.confirmed = h.confirmed[:n:n], h.confirmed[n:]
 	n = min(max, len(h.refused))
 	refused, h.refused = h.refused[:n:n], h.refused[n:]
+	if len(h.confirmed)+len(h.refused) > 0 {
+		notify(h.settle)
+	}
 	return confirmed, refused
 }
 

@@ -30,16 +30,20 @@ const unplanned = pgx.QueryExecModeCacheDescribe
 // readSpans reads the ids in spans, which are sorted; of keys alone, if there are
 // any.
 func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys ...string) (p page, err error) {
+	most := pageRows // messages to be published
+	if len(keys) > 0 {
+		most = min(most, lineRows*len(keys))
+	}
 	if len(spans) == 1 {
-		p, err = r.read(ctx, r.sql.page, pageBytes, pageRows, ids, spans[0].low, spans[0].high, keys)
+		p, err = r.read(ctx, r.sql.page, pageBytes, pageRows, ids, spans[0].low, spans[0].high, keys, most)
 	} else {
 		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
 		for i, s := range spans {
 			lows[i], highs[i] = s.low, s.high
 		}
-		p, err = r.read(ctx, r.sql.pages, pageBytes, pageRows, ids, lows, highs, keys)
+		p, err = r.read(ctx, r.sql.pages, pageBytes, pageRows, ids, lows, highs, keys, most)
 	}
-	p.cut = p.cut || len(p.ids) >= pageRows
+	p.cut = p.cut || len(p.ids) >= pageRows || len(p.ids)-len(p.rest) >= most
 	return p, err
 }
 

@@ -52,7 +52,7 @@ func TestRowsThatASnapshotKeepsCostNothing(t *testing.T) {
 	p.must(err)
 	p.exec(`DELETE FROM ` + p.outbox)
 	page := func(after int64) int {
-		return p.pagesRead(p.sql.page, []any{pageBytes, pageRows, int64(-1), after + 1, int64(math.MaxInt64), []string(nil)})
+		return p.pagesRead(p.sql.page, []any{pageBytes, pageRows, int64(-1), after + 1, int64(math.MaxInt64), []string(nil), pageRows})
 	}
 	if pages := page(planRows); pages > 500 {
 		t.Errorf("above the floor: read %d pages for nothing", pages)
@@ -116,12 +116,12 @@ func (p *planner) checkAll(when string) {
 		sql  string
 		args []any
 	}{
-		{"page at the start", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(1), last, noKeys}},
-		{"page in the middle", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows / 2), last, noKeys}},
-		{"page at the end", 10, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows - 9), int64(planRows), noKeys}},
-		{"page of foreign lanes", pageRows, p.sql.page, []any{pageBytes, pageRows, int64(0), int64(planRows / 2), last, noKeys}},
-		{"gaps", 600, p.sql.pages, []any{pageBytes, pageRows, everything, lows, highs, noKeys}},
-		{"what was passed over", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows / 2), last, []string{"77"}}},
+		{"page at the start", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(1), last, noKeys, pageRows}},
+		{"page in the middle", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows / 2), last, noKeys, pageRows}},
+		{"page at the end", 10, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows - 9), int64(planRows), noKeys, pageRows}},
+		{"page of foreign lanes", pageRows, p.sql.page, []any{pageBytes, pageRows, int64(0), int64(planRows / 2), last, noKeys, pageRows}},
+		{"gaps", 600, p.sql.pages, []any{pageBytes, pageRows, everything, lows, highs, noKeys, pageRows}},
+		{"what was passed over", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows / 2), last, []string{"77"}, lineRows}},
 		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}}},
 		{"blocked keys", 101, p.sql.blocked, []any{all, "", 15}},
 		{"heads", 101, p.sql.heads, []any{pageBytes, 1, everything, blockedLanes, blockedKeys}},

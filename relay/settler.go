@@ -31,48 +31,55 @@ const (
 
 // run settles until stop is closed and nothing is left, or ctx ends.
 func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
-	failures := 0
-	var confirmed []*message
-	var refused []verdict
-	for {
-		if len(confirmed) == 0 && len(refused) == 0 {
-			confirmed, refused = s.hand.toSettle(settleRows)
+	for stopping := false; !stopping; {
+		select {
+		case <-s.hand.settle:
+			if !s.hand.muchToSettle() {
+				s.more(ctx, stop)
+			}
+		case <-stop:
+			stopping = true
+		case <-ctx.Done():
+			return
 		}
-		if len(confirmed) == 0 && len(refused) == 0 {
-			select {
-			case <-s.hand.settle:
-				if !s.hand.muchToSettle() {
-					select {
-					case <-stop:
-					default:
-						_ = pause(ctx, settleDelay) // its end is seen next time
-					}
-				}
-			case <-stop:
-				if confirmed, refused = s.hand.toSettle(settleRows); len(confirmed) == 0 && len(refused) == 0 {
-					return
-				}
-			case <-ctx.Done():
+		for more := true; more; more = stopping || s.hand.muchToSettle() {
+			confirmed, refused := s.hand.toSettle(settleRows)
+			if len(confirmed) == 0 && len(refused) == 0 {
+				break
+			}
+			if !s.settleAll(ctx, confirmed, refused) {
 				return
 			}
-			continue
 		}
+	}
+}
+
+// more waits for more to settle at once.
+func (s *settler) more(ctx context.Context, stop <-chan struct{}) {
+	select {
+	case <-time.After(settleDelay):
+	case <-stop:
+	case <-ctx.Done():
+	}
+}
+
+// settleAll writes until it succeeds; it returns false if ctx ended before.
+func (s *settler) settleAll(ctx context.Context, confirmed []*message, refused []verdict) bool {
+	for failures := 0; ; failures++ {
 		err := s.delete(ctx, confirmed)
 		if err == nil {
 			confirmed = nil
 			err = s.park(ctx, refused)
 		}
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		s.health.set(err)
 		if err == nil {
-			refused, failures = nil, 0
-			continue
+			return true
 		}
-		failures++
 		if pause(ctx, min(backOff(failures), time.Second)) != nil {
-			return
+			return false
 		}
 	}
 }

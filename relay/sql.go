@@ -101,7 +101,8 @@ const (
 
 // pageSQL reads the ids from $4 to $5 by primary key, whatever their lane, and
 // blanks those of lanes other than $3, or, if $6 is given, of other keys: filtering
-// inside would read on through the rows of others. behind says that a message of the
+// inside would read on through the rows of others. It ends after $7 that are not
+// blank. behind says that a message of the
 // key is parked; if none of any key is, that costs one look for the page. EXISTS would
 // drop the ORDER BY that pins the plan of both looks.
 //
@@ -116,7 +117,8 @@ const pageSQL = `WITH page AS (
 				SELECT p.lane = next.lane AND p.key = next.key FROM {parked} AS p
 				WHERE p.key IS NOT NULL AND (p.lane, p.key, p.id) >= (next.lane, next.key, 0) ORDER BY p.lane, p.key, p.id LIMIT 1
 			), false) ELSE false END AS behind,
-			CASE WHEN mine THEN payload END AS payload, bytes, sum(bytes) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS running
+			CASE WHEN mine THEN payload END AS payload, bytes,
+			sum(bytes) OVER upto AS running, count(*) FILTER (WHERE mine) OVER upto AS nth
 		FROM (
 			SELECT n.*, CASE WHEN mine THEN octet_length(payload) ELSE 0 END AS bytes
 			FROM (
@@ -124,7 +126,8 @@ const pageSQL = `WITH page AS (
 				FROM {ids} AS o
 			) AS n
 		) AS next
-	)` + headSQL
+		WINDOW upto AS (ORDER BY id ROWS UNBOUNDED PRECEDING)
+	)` + headSQL + ` AND nth <= $7::int`
 
 // A range of ids looks small to the planner, which has no statistics, and it would
 // sort all of it; the lower bound alone pins the index scan. No more is read than
