@@ -13,7 +13,7 @@ import (
 // deletes; the last step is held against the last of a clean run.
 func held(ctx context.Context, b *bench) ([]Result, error) {
 	const steps, n = 10, 100_000
-	run := func(name string, hold func(*place) (func(), error), drain func(*place, string) ([]float64, error)) ([]float64, error) {
+	run := func(name string, hold func(*place) (func(), error), drain func(p *place, name, key string) ([]float64, error)) ([]float64, error) {
 		p, err := newPlace(ctx, b.databaseURL, b.amqpURL, "held")
 		if err != nil {
 			return nil, err
@@ -28,11 +28,11 @@ func held(ctx context.Context, b *bench) ([]Result, error) {
 			return nil, err
 		}
 		defer release()
-		rates, err := drain(p, key)
+		rates, err := drain(p, name, key)
 		b.say("held, %s: %.0f/s in steps", name, rates)
 		return rates, err
 	}
-	ours := func(p *place, key string) ([]float64, error) { return p.steps(ctx, steps, n, key) }
+	ours := func(p *place, name, key string) ([]float64, error) { return p.steps(ctx, steps, n, name, key) }
 	clean, err := run("clean", func(*place) (func(), error) { return func() {}, nil }, ours)
 	if err != nil {
 		return nil, err
@@ -65,7 +65,7 @@ func held(ctx context.Context, b *bench) ([]Result, error) {
 	}
 	naive, err := run("naive", func(p *place) (func(), error) {
 		return p.open(ctx, pgx.RepeatableRead, "SELECT count(*) FROM "+p.table("outbox"))
-	}, func(p *place, key string) ([]float64, error) { return p.naive(ctx, steps, n/10, key) })
+	}, func(p *place, name, key string) ([]float64, error) { return p.naive(ctx, steps, n/10, name, key) })
 	if err != nil {
 		return nil, err
 	}
@@ -84,15 +84,16 @@ func (p *place) open(ctx context.Context, level pgx.TxIsoLevel, sql string) (fun
 }
 
 // steps has one relay drain n messages that were committed at once, again and
-// again, and returns the rates.
-func (p *place) steps(ctx context.Context, steps, n int, key string) ([]float64, error) {
+// again, and returns the rates. The queue is new each time: one that nobody consumes
+// grows slower with its length.
+func (p *place) steps(ctx context.Context, steps, n int, name, key string) ([]float64, error) {
 	r, err := p.relay(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var rates []float64
 	for i := range steps {
-		if err := p.fill(ctx, n, 10_000, key); err != nil {
+		if err := errors.Join(p.queue(name), p.fill(ctx, n, 10_000, key)); err != nil {
 			return nil, errors.Join(err, r.end())
 		}
 		began := time.Now()
@@ -106,7 +107,7 @@ func (p *place) steps(ctx context.Context, steps, n int, key string) ([]float64,
 
 // naive is the relay that everybody writes first: it locks a page, publishes it,
 // awaits the confirms, deletes it and commits.
-func (p *place) naive(ctx context.Context, steps, n int, key string) ([]float64, error) {
+func (p *place) naive(ctx context.Context, steps, n int, name, key string) ([]float64, error) {
 	ch, err := p.conn.Channel()
 	if err != nil {
 		return nil, err
@@ -117,7 +118,7 @@ func (p *place) naive(ctx context.Context, steps, n int, key string) ([]float64,
 	}
 	var rates []float64
 	for range steps {
-		if err := p.fill(ctx, n, 10_000, key); err != nil {
+		if err := errors.Join(p.queue(name), p.fill(ctx, n, 10_000, key)); err != nil {
 			return nil, err
 		}
 		began := time.Now()

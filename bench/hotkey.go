@@ -10,7 +10,7 @@ func hotkey(ctx context.Context, b *bench) ([]Result, error) {
 		return nil, err
 	}
 	defer p.close(ctx)
-	const n = 5000
+	const n = 10_000
 	var rounds []Round
 	for range b.rounds {
 		var before cpuTime

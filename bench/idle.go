@@ -50,7 +50,27 @@ func idle(ctx context.Context, b *bench) ([]Result, error) {
 	took := time.Since(began).Seconds()
 	cpu := (readCPU().self - before.self).Seconds() / took * 100
 	rate := float64(p.tracer.n.Load()-statements) / took
-	return []Result{atMost("cpu_percent", "%", 1, cpu), atMost("statements_per_s", "1/s", 25, rate)}, r.end()
+	if err := r.end(); err != nil {
+		return nil, err
+	}
+	least, err := p.select1(ctx, quiet/2)
+	result := atMost("cpu_percent", "%", 1, cpu)
+	result.Peers = map[string]float64{"SELECT 1 each 50 ms": least}
+	return []Result{result, atMost("statements_per_s", "1/s", 25, rate)}, err
+}
+
+// select1 returns what the least that polls a database takes of a core, in percent.
+func (p *place) select1(ctx context.Context, limit time.Duration) (float64, error) {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	before, began := readCPU(), time.Now()
+	for time.Since(began) < limit {
+		<-tick.C
+		if _, err := p.db.Exec(ctx, "SELECT 1"); err != nil {
+			return 0, err
+		}
+	}
+	return (readCPU().self - before.self).Seconds() / time.Since(began).Seconds() * 100, nil
 }
 
 // takeover: the owner of lanes stops, or is killed; how long until what is written

@@ -44,7 +44,7 @@ func (h *hand) lookAgain(keys []blockedKey) {
 // walk returns the next keys that have a message in outbox_parked: an operator may
 // have taken away what held them.
 func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err error) {
-	if time.Since(r.walkedAt) < walkEvery {
+	if r.noParked || time.Since(r.walkedAt) < walkEvery {
 		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)

@@ -21,7 +21,7 @@ type hand struct {
 	onTrial   map[destination]bool // they have yet to show that they answer
 	turn      []*route             // those of which something may be taken, the next first
 	bytes     int                  // of payloads
-	waiting   int                  // messages that wait in lines and routes
+	waiting   int                  // messages that wait in lines
 	waitBytes int                  // of their payloads
 	inFlight  int
 	held      [lanes]int // messages not settled
@@ -64,17 +64,27 @@ func newHand() *hand {
 func (h *hand) full() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.isFull() && !h.starving()
+	return h.isFull(2) || h.isFull(1) && !h.starving()
 }
 
-func (h *hand) isFull() bool { return len(h.byID) >= handRows || h.bytes >= handBytes }
+func (h *hand) isFull(times int) bool {
+	return len(h.byID) >= times*handRows || h.bytes >= times*handBytes
+}
 
-// starving says that the hand is full of messages that wait for others, while the
-// broker could take more: the reader then goes on and passes over what would have
-// to wait too.
+// starving says that the hand is full of messages that wait for others of their key or
+// for a slow destination, while the broker could take more: the reader then goes on
+// and leaves in the tables what would have to wait too.
 func (h *hand) starving() bool {
-	return h.isFull() && len(h.turn) == 0 && h.inFlight < channels*window/2 &&
-		(h.waiting >= handRows/2 || h.waitBytes >= handBytes/2)
+	if !h.isFull(1) || len(h.turn) > 0 || h.inFlight > channels*window-minShare {
+		return false
+	}
+	rows, bytes := h.waiting, h.waitBytes
+	for _, r := range h.routes {
+		if h.isSlow(r) {
+			rows, bytes = rows+len(r.ready), bytes+r.bytes
+		}
+	}
+	return rows >= handRows/2 || bytes >= handBytes/2
 }
 
 // admit adds what a read has found and returns how many messages were new.
@@ -110,7 +120,7 @@ func (h *hand) admitAll(page []*message) (added int) {
 			h.block(m)
 		case l != nil && l.busy:
 			h.wait(l, m)
-		case starving && h.crowds(m):
+		case starving && h.isSlow(h.routes[m.destination]):
 			h.busy[m.lane]++
 			h.refuseOne(verdict{message: m, reason: "retry", delay: rand.N(slowDelay), lastError: "its destination confirms slowly"})
 		default:

@@ -186,15 +186,7 @@ func (l *leases) retire(ctx context.Context) error {
 }
 
 func (l *leases) exchange(ctx context.Context, owner uuid.UUID, renew bool) (owned map[int16]int64, share int, err error) {
-	batch := &pgx.Batch{}
-	batch.Queue(localCommit)
-	batch.Queue(l.sql.lease, owner, l.name, l.lease, renew)
-	results := l.db.SendBatch(ctx, batch)
-	defer results.Close()
-	if _, err := results.Exec(); err != nil {
-		return nil, 0, err
-	}
-	rows, err := results.Query()
+	rows, err := l.db.Query(ctx, l.sql.lease, unplanned, owner, l.name, l.lease, renew)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -207,7 +199,7 @@ func (l *leases) exchange(ctx context.Context, owner uuid.UUID, renew bool) (own
 	}); err != nil {
 		return nil, 0, err
 	}
-	return owned, share, results.Close()
+	return owned, share, nil
 }
 
 // adopt makes memory agree with what the database says is ours. It returns false
@@ -262,10 +254,8 @@ func (l *leases) giveUp(ctx context.Context, share int) error {
 }
 
 func (l *leases) release(ctx context.Context, owner uuid.UUID, ids []int16, leaving bool) error {
-	batch := &pgx.Batch{}
-	batch.Queue(localCommit)
-	batch.Queue(l.sql.release, owner, ids, leaving)
-	return l.db.SendBatch(ctx, batch).Close()
+	_, err := l.db.Exec(ctx, l.sql.release, unplanned, owner, ids, leaving)
+	return err
 }
 
 // leave frees the lanes of which nothing is under way, and says good-bye: the

@@ -34,6 +34,7 @@ type message struct {
 	onTrial bool   // it is to show whether its destination answers
 	deaths  int    // connections that ended while it was in flight, nobody knows why
 	route   *route // on which it is ready or in flight; nil if alone
+	readyAt int64  // since when, by our monotonic clock
 }
 
 // destination is where a message goes.

@@ -62,6 +62,30 @@ func TestRowsThatASnapshotKeepsCostNothing(t *testing.T) {
 	}
 }
 
+// Messages that wait for next week are not looked at.
+func TestMillionScheduledMessagesCostNothing(t *testing.T) {
+	t.Parallel()
+	p := newPlanner(t)
+	p.exec(`INSERT INTO `+p.parked+` (message_id, routing_key, reason, due_at)
+		SELECT gen_random_uuid(), 'q', 'scheduled', now() + interval '1 week' + i * interval '1 second' FROM generate_series(1, $1::int) AS i`, planRows)
+	for _, when := range []string{"never analyzed", "analyzed"} {
+		for _, c := range []struct {
+			name string
+			sql  string
+			args []any
+		}{
+			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}}},
+			{"look", p.sql.drawn, nil},
+			{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), int64(math.MaxInt64), []string(nil), pageRows}},
+		} {
+			if pages := p.pagesRead(c.sql, c.args); pages > 5*lanes {
+				t.Errorf("%s, %s: read %d pages for nothing", c.name, when, pages)
+			}
+		}
+		p.exec(`ANALYZE ` + p.parked)
+	}
+}
+
 const (
 	planRows  = 1_000_000
 	planOwner = "6b8ce5a4-6c1c-4b51-a1a5-0f10e3fd4a3f"

@@ -1,5 +1,7 @@
 package relay
 
+import "time"
+
 // route is the messages in the hand that go to one destination. Those that are
 // ready are taken in turn with other destinations', and each has its share of the
 // window, half of it among two, a quarter among four or more: one that answers
@@ -7,6 +9,7 @@ package relay
 type route struct {
 	destination
 	ready    []*message
+	bytes    int // of their payloads
 	inFlight int
 	inTurn   bool
 }
@@ -14,6 +17,8 @@ type route struct {
 const (
 	quantum  = 32 // messages taken from a route at its turn
 	minShare = 4  // a destination has a quarter of the window at least
+	// slowAfter is more than a hand full of messages for one destination takes.
+	slowAfter = time.Second
 )
 
 // share is how many messages of one destination may be in flight.
@@ -26,9 +31,9 @@ func (h *hand) push(m *message) {
 		r = &route{destination: m.destination}
 		h.routes[m.destination] = r
 	}
-	m.route = r
+	m.route, m.readyAt = r, since()
 	r.ready = append(r.ready, m)
-	h.waits(m, 1)
+	r.bytes += len(m.payload)
 	h.offer(r)
 }
 
@@ -52,7 +57,7 @@ func (h *hand) take(limit int) (taken []*message) {
 		r.inTurn = false
 		n := max(0, min(quantum, len(r.ready), limit-len(taken), h.share()-r.inFlight))
 		for _, m := range r.ready[:n] {
-			h.waits(m, -1)
+			r.bytes -= len(m.payload)
 			h.busy[m.lane]++
 		}
 		taken = append(taken, r.ready[:n]...)
@@ -95,11 +100,13 @@ func (h *hand) release(m *message) {
 	h.offer(r)
 }
 
-// crowds says that m would only wait for its destination, which confirms more
-// slowly than messages for it come.
-func (h *hand) crowds(m *message) bool {
-	r := h.routes[m.destination]
-	return r != nil && (r.inFlight >= h.share() || h.onTrial[m.destination])
+// isSlow says that messages wait in a route for longer than slowAfter, though they have
+// their share of the window, or that its destination has yet to show that it answers.
+func (h *hand) isSlow(r *route) bool {
+	if r == nil || len(r.ready) == 0 {
+		return false
+	}
+	return h.onTrial[r.destination] || r.inFlight >= h.share() && since()-r.ready[0].readyAt > int64(slowAfter)
 }
 
 // apart releases messages that are taken and will not be published among others.

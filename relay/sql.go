@@ -9,6 +9,7 @@ import (
 // statements holds the SQL of one schema. Times come from the database's clock.
 type statements struct {
 	lease, release       string
+	drawn                string
 	page, pages, due     string
 	flushed              string
 	blocked, heads       string
@@ -26,6 +27,7 @@ func newStatements(schema string) statements {
 	)
 	return statements{
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
+		drawn: replacer.Replace(drawnSQL),
 		page:  replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpan, 1)),
 		pages: replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpans, 1)),
 		due:   replacer.Replace(dueSQL), flushed: flushedSQL,
@@ -36,10 +38,10 @@ func newStatements(schema string) statements {
 	}
 }
 
-// localCommit makes the COMMIT of its own transaction wait for this server's disk,
-// never for standbys. What only says how far the relay has come sets it to off, in
-// the statement itself: a crash then costs duplicates.
-const localCommit = `SELECT set_config('synchronous_commit', 'local', true)`
+// Commits that others rely on, those that move lanes, wait for this server's disk and
+// never for standbys: synchronous_commit is local. What only says how far the relay has
+// come sets it to off: a crash then costs duplicates. Both do so in the statement
+// itself, so that it is all there is between two round trips of a pooler.
 
 // leaseSQL renews the relay's row if $4 says so, takes free lanes up to its fair
 // share, and returns all it owns. A lane is free if its owner is null or was not
@@ -55,6 +57,7 @@ const leaseSQL = `WITH renewed AS (
 		SELECT id FROM {relay} WHERE leased_until > clock_timestamp() AND id <> $1
 	), share AS MATERIALIZED (
 		SELECT ceil(64.0 / (1 + (SELECT count(*) FROM live)))::int AS lanes
+		FROM (SELECT set_config('synchronous_commit', 'local', true)) AS setting
 	), free AS MATERIALIZED (
 		SELECT lane FROM {lane}
 		WHERE owner IS NULL OR owner IN (
@@ -74,7 +77,8 @@ const leaseSQL = `WITH renewed AS (
 // releaseSQL frees the lanes $2 for the next owner to take at once; with no lanes
 // left the relay is no longer live.
 const releaseSQL = `WITH freed AS (
-		UPDATE {lane} SET owner = NULL WHERE owner = $1 AND lane = ANY($2)
+		UPDATE {lane} SET owner = NULL
+		WHERE owner = $1 AND lane = ANY($2) AND (SELECT set_config('synchronous_commit', 'local', true)) IS NOT NULL
 	)
 	DELETE FROM {relay} WHERE id = $1 AND $3`
 
@@ -149,6 +153,12 @@ const (
 				)`
 )
 
+// drawnSQL returns the last id drawn, whether somebody has left lanes to take, and
+// whether anything is parked.
+const drawnSQL = `SELECT CASE WHEN is_called THEN last_value ELSE 0 END, EXISTS (SELECT FROM {lane} WHERE owner IS NULL),
+	(SELECT id FROM {parked} ORDER BY id LIMIT 1) IS NOT NULL
+	FROM {sequence}`
+
 // dueSQL reads parked messages whose time has come, other than those with the ids
 // $4 and with a key only its head, by index (lane, due_at); $2 rows are per lane. A scheduled message was
 // created, for its consumers, when it was due. (clock_timestamp is volatile: an index
@@ -204,7 +214,7 @@ const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
 
 // emitSQL writes a record to the log, so that the COMMIT of its transaction
 // flushes; that of one that only drew a transaction id does not.
-const emitSQL = `SELECT pg_logical_emit_message(true, 'txbox', '')`
+const emitSQL = `SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(true, 'txbox', '')`
 
 // deleteSQL removes confirmed messages from one of the two tables by primary key,
 // one look-up for each whatever the planner thinks of the table's size. Ids alone

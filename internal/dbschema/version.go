@@ -21,6 +21,9 @@ var ErrIncompatible = errors.New("database schema is incompatible with this prog
 // program wants. Somebody may migrate it at any moment, so it is worth waiting.
 var ErrNotReady = errors.New("database schema is not ready")
 
+// unnamed leaves no statement behind in a session that a pooler hands to others.
+const unnamed = pgx.QueryExecModeExec
+
 // Querier is what a pool, a connection and a transaction have in common.
 type Querier interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
@@ -32,7 +35,7 @@ type Querier interface {
 func CheckVersion(ctx context.Context, db Querier, name string) error {
 	var version, compatibleSince int
 	sql := "SELECT version, compatible_since FROM " + pgx.Identifier{name, "txbox_version"}.Sanitize()
-	err := db.QueryRow(ctx, sql).Scan(&version, &compatibleSince)
+	err := db.QueryRow(ctx, sql, unnamed).Scan(&version, &compatibleSince)
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "42501":
@@ -67,7 +70,7 @@ func flag(name string) string {
 // setting, or it is the database's own.
 func CheckSession(ctx context.Context, db Querier) error {
 	var readOnly, encoding, stored string
-	err := db.QueryRow(ctx, "SELECT current_setting('transaction_read_only'), current_setting('client_encoding'), current_setting('server_encoding')").
+	err := db.QueryRow(ctx, "SELECT current_setting('transaction_read_only'), current_setting('client_encoding'), current_setting('server_encoding')", unnamed).
 		Scan(&readOnly, &encoding, &stored)
 	switch {
 	case err != nil:

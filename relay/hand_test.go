@@ -1,0 +1,132 @@
+package relay
+
+import (
+	"testing"
+
+	"github.com/google/uuid"
+)
+
+func newMessage(id int64, key, routingKey string) *message {
+	return &message{id: id, messageID: uuid.New(), key: key, destination: destination{routingKey: routingKey}}
+}
+
+// A read that began before a row was deleted still finds it. It must not bring the
+// message back.
+func TestReadThatBeganBeforeTheDeleteBringsNothingBack(t *testing.T) {
+	h := newHand()
+	row := func() []*message { return []*message{newMessage(1, "", "q")} }
+	h.admit(row())
+	taken := h.take(10)
+	h.confirm(taken)
+	confirmed, _ := h.toSettle(10)
+	if len(confirmed) != 1 {
+		t.Fatalf("%d to delete", len(confirmed))
+	}
+	h.settled(confirmed[0]) // the DELETE returned, while another read is under way
+	if n := h.admit(row()); n != 0 || len(h.take(10)) != 0 {
+		t.Error("the message came back")
+	}
+	h.readEnded()
+	if len(h.byID) != 0 {
+		t.Error("it is remembered for ever")
+	}
+}
+
+// While the hand is full of messages for a destination that confirms slowly, those
+// for it that come are parked without an attempt, and the others go out.
+func TestSlowDestinationDoesNotFillTheHand(t *testing.T) {
+	h := newHand()
+	id := int64(0)
+	page := func(n int, to string) (ms []*message) {
+		for range n {
+			id++
+			ms = append(ms, newMessage(id, "", to))
+		}
+		return ms
+	}
+	h.admit(page(1, "other")) // two destinations: half of the window each
+	h.admit(page(handRows, "slow"))
+	inFlight := h.take(handRows)
+	if len(inFlight) > channels*window/2+1 {
+		t.Fatalf("%d in flight", len(inFlight))
+	}
+	if !h.full() {
+		t.Error("the reader goes on at once, when nobody knows that it is slow")
+	}
+	for _, m := range h.routes[destination{routingKey: "slow"}].ready {
+		m.readyAt -= int64(2 * slowAfter)
+	}
+	if h.full() {
+		t.Fatal("the reader waits for ever")
+	}
+	h.admit(append(page(100, "slow"), page(100, "other")...))
+	_, refused := h.toSettle(handRows)
+	for _, v := range refused {
+		if v.routingKey != "slow" || v.reason != "retry" || v.spend != 0 || v.delay > slowDelay {
+			t.Errorf("parked: %+v", v)
+		}
+	}
+	if len(refused) != 100 {
+		t.Errorf("%d parked", len(refused))
+	}
+	others := 0
+	for _, m := range h.take(handRows) {
+		if m.routingKey == "other" {
+			others++
+		}
+	}
+	if others != 100 {
+		t.Errorf("%d of the others may go out", others)
+	}
+}
+
+// A key that fills the hand waits in the table; others are still read.
+func TestKeyThatStarvesTheHandIsPassedOver(t *testing.T) {
+	h := newHand()
+	var page []*message
+	for i := range int64(handRows) {
+		page = append(page, newMessage(i+1, string(rune('a'+i%20)), "q")) // 250 of each of 20 keys
+	}
+	h.admit(page)
+	if n := len(h.take(handRows)); n != 20 {
+		t.Fatalf("%d in flight", n)
+	}
+	if h.full() {
+		t.Fatal("the reader waits, while 20 of 256 places are used")
+	}
+	h.admit([]*message{newMessage(handRows+1, "a", "q"), newMessage(handRows+2, "z", "q")})
+	if h.byID[handRows+1] != nil || h.lines["a"].passed != handRows+1 {
+		t.Error("one more of a waits in the hand")
+	}
+	if ms := h.take(10); len(ms) != 1 || ms[0].key != "z" {
+		t.Errorf("may go out: %v", ms)
+	}
+}
+
+// A message for which there is no room is not taken out of turn: what was passed over
+// comes first.
+func TestWhatWasPassedOverComesBeforeWhatIsNewer(t *testing.T) {
+	h := newHand()
+	var page []*message
+	for i := range int64(lineRows + 10) {
+		page = append(page, newMessage(i+1, "k", "q"))
+	}
+	h.admit(page)
+	first := int64(lineRows + 2) // one is ready, lineRows wait
+	if got := h.lines["k"].passed; got != first {
+		t.Fatalf("passed over from %d on, not %d", got, first)
+	}
+	for range lineRows {
+		h.confirm(h.take(1))
+	}
+	if n := h.admit([]*message{newMessage(5000, "k", "q")}); n != 0 {
+		t.Error("a newer one was admitted")
+	}
+	lines, from := h.passedOver()
+	if len(lines) != 1 || from != first {
+		t.Fatalf("%d lines from %d on", len(lines), from)
+	}
+	if n := h.readmit(lines, page[first-1:], 0); n != 9 || h.lines["k"].passed != 0 {
+		t.Errorf("%d readmitted, passed over from %d on", n, h.lines["k"].passed)
+	}
+}
