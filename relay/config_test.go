@@ -34,6 +34,8 @@ func TestNewNamesEveryProblemAtOnce(t *testing.T) {
 			Schema: `a"b`, Lease: time.Second, RetryFor: -1, IdleInterval: -1, StopTimeout: -1, Name: strings.Repeat("n", 256),
 		}, []string{"MaxConns is 2", `schema "a\"b"`, "Lease: 1s is shorter", "RetryFor: -1ns", "IdleInterval: -1ns", "StopTimeout: -1ns", "Name:"}},
 		{small, pub, relay.Config{Lease: -1}, []string{"Lease: -1ns"}},
+		{small, pub, relay.Config{Lease: 1, IdleInterval: 1}, []string{"Lease: 1ns", "IdleInterval: 1ns"}},
+		{small, pub, relay.Config{Lease: 25 * time.Hour, IdleInterval: time.Hour}, []string{"Lease: 25h0m0s", "IdleInterval: 1h0m0s"}},
 	} {
 		_, err := relay.New(test.db, test.pub, test.cfg)
 		if err == nil {

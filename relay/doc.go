@@ -52,7 +52,8 @@
 // while it is full. Of one key at most 256 messages or 1 MiB wait in it: what
 // follows is passed over, and read when there is room. If the hand is full of
 // messages that wait while the broker could take others, what would have to wait
-// too is passed over, or parked for some seconds if it waits for its destination.
+// too is passed over; or parked for some seconds, if it is for a destination that
+// has kept others waiting for more than a second.
 //
 // # A blocked key
 //
@@ -112,8 +113,8 @@
 //
 // # What it asks of the database
 //
-// At most 3 connections, which may go through a pgbouncer in transaction mode,
-// and for the role SELECT and DELETE on outbox, all on outbox_parked and
+// At most 3 connections, which may go through a pgbouncer in transaction mode with no
+// setting of its own, and for the role SELECT and DELETE on outbox, all on outbox_parked and
 // outbox_relay, SELECT and UPDATE on outbox_lane, SELECT on txbox_version and on the
 // sequence outbox_id_seq.
 //

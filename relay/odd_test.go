@@ -2,6 +2,8 @@ package relay_test
 
 import (
 	"fmt"
+	"net/url"
+	"strings"
 	"testing"
 	"time"
 
@@ -143,4 +145,31 @@ func TestADeadMessageIsSentAgainByHand(t *testing.T) {
 	b.must(err)
 	b.eventuallyCount("outbox_parked", 0)
 	b.checkAll(b.drain(messages[0].RoutingKey, 1), messages, 0)
+}
+
+// In a database of another encoding what producers write may have no equal.
+func TestDatabaseOfAnotherEncodingIsRefused(t *testing.T) {
+	t.Parallel()
+	admin := testenv.EmptySchema(t)
+	ctx := testenv.Context(t)
+	name := testenv.Name(t)
+	if _, err := admin.Exec(ctx, "CREATE DATABASE "+name+" ENCODING LATIN1 LOCALE 'C' TEMPLATE template0"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := admin.Exec(testenv.Context(t), "DROP DATABASE "+name); err != nil {
+			t.Error(err)
+		}
+	})
+	u, err := url.Parse(admin.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = name
+	b := setupAt(t, u.String(), testenv.AMQPURL(t))
+	r, _ := b.start()
+	testenv.Eventually(t, 20*time.Second, "it says that it needs UTF8", func() bool {
+		err := r.Ready()
+		return err != nil && strings.Contains(err.Error(), "encoded in LATIN1, txbox needs UTF8")
+	})
 }

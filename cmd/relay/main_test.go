@@ -49,6 +49,11 @@ type started struct {
 // start runs the program with nothing of txbox in its environment but variables.
 func start(t *testing.T, variables []string, args ...string) *started {
 	t.Helper()
+	return startProgram(t, program, variables, args...)
+}
+
+func startProgram(t *testing.T, program string, variables []string, args ...string) *started {
+	t.Helper()
 	cmd := exec.CommandContext(testenv.Context(t), program, args...)
 	for _, variable := range os.Environ() {
 		name, _, _ := strings.Cut(variable, "=")
