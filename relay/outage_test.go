@@ -109,11 +109,20 @@ func TestAlarmsAndRotatedPasswordCostNothing(t *testing.T) {
 			ctl(command, alarm.set)
 			defer ctl(command, alarm.clear)
 			o.writeSome() // the broker says so to those who publish
+			large := o.messages(8, noKey)
+			for i := range large {
+				large[i].Payload = make([]byte, 4<<20) // more than a socket takes
+			}
+			o.write(large...)
+			o.sent = append(o.sent, large...)
 			o.notReady(alarm.name)
 			time.Sleep(2 * time.Second) // longer than ConfirmTimeout
 			o.writeSome()
 			ctl(command, alarm.clear)
 			o.over(12)
+			if n := o.relay.Stats().Unknown; n != 0 {
+				t.Errorf("%d messages were repeated", n)
+			}
 		})
 	}
 	t.Run("stop", func(t *testing.T) { stopDuringAlarm(t, broker, ctl) })

@@ -112,6 +112,7 @@ func (s *session) block(active bool, reason string) {
 		return
 	}
 	s.blocked = active
+	s.conn.SetBlocked(active)
 	if active {
 		s.open = make(chan struct{})
 		s.relay.blocked.set(fmt.Errorf("broker takes no messages: %s", reason))

@@ -1,7 +1,9 @@
 package rabbit
 
 import (
+	"errors"
 	"net"
+	"os"
 	"sync"
 	"time"
 )
@@ -20,6 +22,7 @@ type gatherConn struct {
 	changed sync.Cond // of what follows
 	buffer  []byte
 	closing bool
+	blocked bool // the peer has said that it does not read: no write is late
 	err     error
 }
 
@@ -70,11 +73,7 @@ func (c *gatherConn) write() {
 		if len(out) == 0 {
 			return
 		}
-		err := c.SetWriteDeadline(time.Now().Add(c.timeout))
-		if err == nil {
-			_, err = c.Conn.Write(out)
-		}
-		if err != nil {
+		if err := c.writeAll(out); err != nil {
 			c.Conn.Close()
 			c.mu.Lock()
 			c.err = err
@@ -86,6 +85,29 @@ func (c *gatherConn) write() {
 			out = nil // of a large message
 		}
 	}
+}
+
+func (c *gatherConn) writeAll(b []byte) error {
+	for {
+		if err := c.SetWriteDeadline(time.Now().Add(c.timeout)); err != nil {
+			return err
+		}
+		n, err := c.Conn.Write(b)
+		b = b[n:]
+		c.mu.Lock()
+		waits := c.blocked && errors.Is(err, os.ErrDeadlineExceeded)
+		c.mu.Unlock()
+		if !waits {
+			return err
+		}
+	}
+}
+
+// setBlocked says whether the peer has announced that it does not read.
+func (c *gatherConn) setBlocked(blocked bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.blocked = blocked
 }
 
 // cut closes the connection without waiting for anybody.

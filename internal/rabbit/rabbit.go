@@ -111,6 +111,10 @@ type Conn struct {
 // that waits on the connection fails at once.
 func (c *Conn) Cut() { c.socket.cut() }
 
+// SetBlocked says whether the broker has sent connection.blocked: it does not read
+// then, so no write is late. That it still lives its heartbeats show.
+func (c *Conn) SetBlocked(blocked bool) { c.socket.setBlocked(blocked) }
+
 // Dial returns a connection to the first host that answers, beginning with the
 // one after the last that was tried. Cancelling ctx ends it; each host gets at
 // most 10 s.
