@@ -187,58 +187,6 @@ func TestMessageThatCannotBePublishedIsDeadAndHarmsNobody(t *testing.T) {
 	b.drain(b.queue, len(msgs)+1)
 }
 
-func TestFrozenBrokerCostsNothing(t *testing.T) {
-	t.Parallel()
-	broker := serverstest.RabbitMQ(t)
-	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
-	r, stop := b.start()
-	var msgs []outbox.Message
-	write := func(n int) {
-		more := b.messages(n, func(i int) string { return fmt.Sprint("k", i%10) })
-		b.write(more...)
-		msgs = append(msgs, more...)
-	}
-	write(2000)
-	testenv.Eventually(t, 30*time.Second, "traffic", func() bool { return r.Stats().Published > 500 })
-	b.must(broker.Pause())
-	frozen := time.NewTimer(20 * time.Second)
-	for range 20 {
-		write(1000) // more than sockets buffer
-	}
-	testenv.Eventually(t, 20*time.Second, "Ready to tell", func() bool { return r.Ready() != nil })
-	<-frozen.C
-	b.must(broker.Resume())
-	b.connect()
-	got := b.drain(b.queue, len(msgs))
-	b.checkAll(got, msgs, 3*inFlight)
-	b.checkOrder(got, msgs)
-	b.eventuallyCount("outbox", 0)
-	if n := b.count("outbox_parked"); n != 0 || r.Stats().Refused != 0 {
-		t.Errorf("%d parked, %+v: an outage costs no attempts", n, r.Stats())
-	}
-	stop()
-}
-
-func TestBrokerRestartCostsNothing(t *testing.T) {
-	t.Parallel()
-	broker := serverstest.RabbitMQ(t)
-	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
-	b.must(broker.Sync(testenv.Context(t)))
-	r, _ := b.start(brisk)
-	msgs := b.messages(10_000, func(i int) string { return fmt.Sprint("k", i%10) })
-	b.write(msgs...)
-	testenv.Eventually(t, 30*time.Second, "traffic", func() bool { return r.Stats().Published > 500 })
-	b.must(broker.Kill())
-	b.must(broker.Start(testenv.Context(t)))
-	b.connect()
-	got := b.drain(b.queue, len(msgs))
-	b.checkAll(got, msgs, inFlight)
-	b.checkOrder(got, msgs)
-	if s := r.Stats(); s.Refused != 0 {
-		t.Errorf("an outage costs no attempts: %+v", s)
-	}
-}
-
 func TestTerminatedDatabaseSessionsCostNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

@@ -40,15 +40,15 @@ func outageAt(b *bundle, change ...func(*relay.Config, *relay.RabbitMQConfig)) *
 		cfg.Logger = slog.New(slog.NewTextHandler(io.MultiWriter(o.log, b.Output()), nil))
 	}
 	o.relay, o.stop = b.start(append(change, logTo)...)
-	o.writeSome()
+	o.writeMore(200)
 	testenv.Eventually(b, 20*time.Second, "it publishes", func() bool { return o.relay.Stats().Published >= int64(len(o.sent)) })
 	return o
 }
 
-// writeSome writes messages that the outage meets.
-func (o *outage) writeSome() {
+// writeMore writes messages that the outage meets.
+func (o *outage) writeMore(n int) {
 	o.Helper()
-	msgs := o.messages(200, func(i int) string { return fmt.Sprint("k", i%7) })
+	msgs := o.messages(n, func(i int) string { return fmt.Sprint("k", i%10) })
 	o.write(msgs...)
 	o.sent = append(o.sent, msgs...)
 }
@@ -62,19 +62,20 @@ func (o *outage) notReady(what string) {
 	}
 }
 
-// over checks that everything is published soon after the end of the outage, that it
-// has spent no attempt, and that the log tells of it in few lines.
+// over checks that messages flow soon after the end of the outage, that it has spent no
+// attempt, and that the log tells of it in few lines.
 func (o *outage) over(lines int) {
 	o.Helper()
-	ended := time.Now()
-	testenv.Eventually(o, 30*time.Second, "ready", func() bool { return o.relay.Ready() == nil })
-	o.eventuallyCount("outbox", 0)
+	before, ended := o.relay.Stats().Published, time.Now()
+	testenv.Eventually(o, 30*time.Second, "messages flow", func() bool { return o.relay.Stats().Published > before })
 	if took := time.Since(ended); took > resumeWithin {
 		o.Errorf("resumed after %s", took)
 	}
 	got := o.drain(o.queue, len(o.sent))
 	o.checkAll(got, o.sent, inFlight)
 	o.checkOrder(got, o.sent)
+	o.eventuallyCount("outbox", 0)
+	o.must(o.relay.Ready())
 	if n := o.count("outbox_parked"); n != 0 {
 		o.Errorf("%d messages were parked", n)
 	}
@@ -84,6 +85,40 @@ func (o *outage) over(lines int) {
 	if n := o.log.lines(""); n > lines {
 		o.Errorf("%d lines in the log, at most %d may be", n, lines)
 	}
+}
+
+// A broker that stands still for longer than the relay waits for answers, while more
+// is written than sockets hold.
+func TestFrozenBrokerCostsNothing(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	o := outageAt(setupAt(t, testenv.DatabaseURL(t), broker.URL()))
+	o.must(broker.Pause())
+	frozen := time.NewTimer(20 * time.Second)
+	for range 20 {
+		o.writeMore(1000)
+	}
+	o.notReady("broker")
+	<-frozen.C
+	o.must(broker.Resume())
+	o.connect() // the test's own connection has ended too
+	o.over(12)
+}
+
+func TestBrokerRestartCostsNothing(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	b.must(broker.Sync(testenv.Context(t)))
+	o := outageAt(b, brisk)
+	for range 10 {
+		o.writeMore(1000)
+	}
+	o.must(broker.Kill())
+	o.notReady("broker")
+	o.must(broker.Start(testenv.Context(t)))
+	o.connect()
+	o.over(12)
 }
 
 // A broker that is out of memory or disk stops reading from those who publish. Nothing
@@ -116,7 +151,7 @@ func TestAlarmsAndRotatedPasswordCostNothing(t *testing.T) {
 			o.sent = append(o.sent, large...)
 			o.notReady(alarm.name)
 			time.Sleep(2 * time.Second) // longer than ConfirmTimeout
-			o.writeSome()
+			o.writeMore(200)
 			ctl(command, alarm.clear)
 			o.over(12)
 			if n := o.relay.Stats().Unknown; n != 0 {
@@ -174,7 +209,7 @@ func rotatePassword(t *testing.T, broker *servers.RabbitMQ, ctl func(...string))
 	})
 	ctl("change_password", user, "second")
 	ctl("close_all_user_connections", user, "rotated")
-	o.writeSome()
+	o.writeMore(200)
 	o.notReady("broker")
 	time.Sleep(time.Second)
 	password.Store("second")
@@ -195,7 +230,7 @@ func TestRelayGoesOnWithAnotherHost(t *testing.T) {
 	b.amqpURL = strings.Join([]string{nobody.String(), first.url(*direct), second.url(*direct)}, ",")
 	o := outageAt(b, brisk)
 	first.shut()
-	o.writeSome()
+	o.writeMore(200)
 	o.notReady("broker")
 	second.open()
 	o.over(12)
