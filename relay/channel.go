@@ -93,10 +93,11 @@ func (c *channel) publish(ctx context.Context, from source) {
 	defer timer.Stop()
 	for taking := true; ; {
 		open := c.gate()
-		room := taking && len(c.pending) < c.window
-		if room && isClosed(open) {
+		if taking && isClosed(open) && len(c.pending) < c.window {
 			taking = c.publishSome(ctx, from)
-			room = taking && len(c.pending) < c.window
+			if taking && from.some == nil && len(c.pending) == 0 {
+				continue // nothing of what was taken was sent
+			}
 		}
 		if !taking && len(c.pending) == 0 {
 			break
@@ -109,11 +110,12 @@ func (c *channel) publish(ctx context.Context, from source) {
 		if taking {
 			ended, closed = ctx.Done(), c.closed
 		}
-		if room {
+		switch {
+		case !taking || len(c.pending) == c.window:
+		case isClosed(open):
 			some = from.some
-			if !isClosed(open) {
-				some, opened = nil, open
-			}
+		default:
+			opened = open
 		}
 		select {
 		case <-oldest:
