@@ -4,10 +4,11 @@ import (
 	"testing"
 
 	"github.com/google/uuid"
+	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 func newMessage(id int64, key, routingKey string) *message {
-	return &message{id: id, messageID: uuid.New(), key: key, destination: destination{routingKey: routingKey}}
+	return &message{id: id, messageID: uuid.New(), key: key, destination: destination{routingKey: routingKey}, headers: amqp.Table{}}
 }
 
 // A read that began before a row was deleted still finds it. It must not bring the
