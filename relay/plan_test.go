@@ -34,6 +34,7 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 	p.exec(`ANALYZE ` + p.outbox)
 	p.exec(`ANALYZE ` + p.parked)
 	p.checkAll("analyzed")
+	defer p.holdSnapshot()()
 	p.exec(`DELETE FROM ` + p.parked + ` WHERE key IS DISTINCT FROM 'most'`)
 	p.exec(`ANALYZE ` + p.parked)
 	p.checkAll("analyzed with one blocked key")
@@ -45,11 +46,7 @@ func TestRowsThatASnapshotKeepsCostNothing(t *testing.T) {
 	t.Parallel()
 	p := newPlanner(t)
 	p.exec(`INSERT INTO `+p.outbox+` (message_id, routing_key) SELECT gen_random_uuid(), 'q' FROM generate_series(1, $1::int) AS i`, planRows/2)
-	reader, err := p.BeginTx(testenv.Context(t), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
-	p.must(err)
-	defer reader.Rollback(testenv.Context(t))
-	_, err = reader.Exec(testenv.Context(t), `SELECT count(*) FROM `+p.outbox)
-	p.must(err)
+	defer p.holdSnapshot()()
 	p.exec(`DELETE FROM ` + p.outbox)
 	page := func(after int64) int {
 		return p.pagesRead(p.sql.page, []any{pageBytes, pageRows, int64(-1), after + 1, int64(math.MaxInt64), []string(nil), pageRows})
@@ -115,6 +112,17 @@ func (p *planner) exec(sql string, args ...any) {
 	p.Helper()
 	_, err := p.Exec(testenv.Context(p), sql, args...)
 	p.must(err)
+}
+
+// holdSnapshot keeps what is deleted from now on until the function that it returns is
+// called.
+func (p *planner) holdSnapshot() (release func()) {
+	p.Helper()
+	reader, err := p.BeginTx(testenv.Context(p), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	p.must(err)
+	_, err = reader.Exec(testenv.Context(p), `SELECT count(*) FROM `+p.outbox)
+	p.must(err)
+	return func() { reader.Rollback(testenv.Context(p)) }
 }
 
 func (p *planner) checkAll(when string) {

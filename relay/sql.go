@@ -112,14 +112,16 @@ const (
 //
 // Parked messages of a key are found by one range of index (lane, key, id), here and
 // below. Of lane = and key = the planner would make of ORDER BY one by id: where one
-// key has most of the messages it then looks for the others through all of them.
+// key has most of the messages it then looks for the others through all of them. The
+// range has an end, lest it go on through rows of other keys that are dead.
 const pageSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
 			CASE WHEN mine AND key IS NOT NULL AND (
 				SELECT id FROM {parked} WHERE key IS NOT NULL ORDER BY lane, key, id LIMIT 1
 			) IS NOT NULL THEN coalesce((
-				SELECT p.lane = next.lane AND p.key = next.key FROM {parked} AS p
-				WHERE p.key IS NOT NULL AND (p.lane, p.key, p.id) >= (next.lane, next.key, 0) ORDER BY p.lane, p.key, p.id LIMIT 1
+				SELECT true FROM {parked} AS p
+				WHERE p.key IS NOT NULL AND (p.lane, p.key, p.id) >= (next.lane, next.key, 0) AND (p.lane, p.key) <= (next.lane, next.key)
+				ORDER BY p.lane, p.key, p.id LIMIT 1
 			), false) ELSE false END AS behind,
 			CASE WHEN mine THEN payload END AS payload, bytes,
 			sum(bytes) OVER upto AS running, count(*) FILTER (WHERE mine) OVER upto AS nth
@@ -204,6 +206,7 @@ const headsSQL = `WITH page AS (
 			ORDER BY p.lane, p.key, p.id LIMIT (
 				SELECT CASE WHEN h.reason = 'blocked' OR h.reason = 'retry' AND h.due_at <= statement_timestamp() THEN $2::int ELSE 1 END
 				FROM {parked} AS h WHERE h.key IS NOT NULL AND (h.lane, h.key, h.id) >= (k.lane_wanted, k.key_wanted, 0)
+					AND (h.lane, h.key) <= (k.lane_wanted, k.key_wanted)
 				ORDER BY h.lane, h.key, h.id LIMIT 1
 			)
 		) AS d
