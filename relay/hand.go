@@ -123,6 +123,7 @@ func (h *hand) admitAll(page []*message) (added int) {
 		case starving && h.isSlow(h.routes[m.destination]):
 			h.busy[m.lane]++
 			h.refuseOne(verdict{message: m, reason: "retry", delay: rand.N(slowDelay), lastError: "its destination confirms slowly"})
+			notify(h.settle)
 		default:
 			if l != nil {
 				l.busy = true

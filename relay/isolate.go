@@ -97,7 +97,6 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 		case <-r.isolation.some:
 		case <-timer.C:
 		case <-ctx.Done():
-			r.unknownAll(r.isolation.clear())
 			return
 		}
 		g, wait := r.isolation.take()
@@ -108,25 +107,38 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 	}
 }
 
-// isolateOne publishes a group; if that ends the connection each half of it is
+// isolateOne publishes a group; if one of it ends the connection each half of it is
 // next. One message that does so time and again is dead, once others have got
 // through meanwhile: until then it may be the broker.
 func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	alone := len(g.messages) == 1
-	g.messages = r.publishApart(ctx, hard, g.messages)
-	n := len(g.messages)
-	if alone {
-		g.alone++
+	end := r.publishApart(ctx, hard, g.messages)
+	if ctx.Err() != nil {
+		r.unknownAll(append(end.inFlight, end.unsent...))
+		return
 	}
+	if len(end.unsent) > 0 {
+		r.isolation.add(g.again(end.unsent, time.Second))
+	}
+	n := len(end.inFlight)
 	switch {
 	case n == 0:
-	case ctx.Err() != nil:
-		r.unknownAll(g.messages)
+	case end.stalled:
+		r.counts.unknown.Add(int64(n))
+		r.hand.try(end.inFlight)
+	case end.explained:
+		r.isolation.add(g.again(end.inFlight, time.Second))
 	case n > 1:
-		r.isolation.add(group{messages: g.messages[:n/2], through: g.through}, group{messages: g.messages[n/2:], through: g.through})
-	case g.alone > 1 && r.counts.published.Load() > g.through:
-		r.refuse(g.messages[0], impossible, "the connection to the broker ends each time this message is published, also when it is alone")
+		r.isolation.add(g.again(end.inFlight[:n/2], 0), g.again(end.inFlight[n/2:], 0))
 	default:
+		g = g.again(end.inFlight, 0)
+		if alone {
+			g.alone++
+		}
+		if g.alone > 1 && r.counts.published.Load() > g.through {
+			r.refuse(g.messages[0], impossible, "the connection to the broker ends each time this message is published, also when it is alone")
+			return
+		}
 		if g.alone > 1 {
 			g.after = time.Now().Add(backOff(g.alone))
 		}
@@ -134,14 +146,28 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	}
 }
 
-// publishApart publishes a group on a connection of its own, and returns what was
-// in flight when that ended.
-func (r *Relay) publishApart(ctx, hard context.Context, group []*message) []*message {
+// again is the group with those of its messages that are left, to be published after
+// a pause.
+func (g group) again(messages []*message, pause time.Duration) group {
+	g.messages, g.after = messages, time.Now().Add(pause)
+	return g
+}
+
+// apartEnd is how publishing a group apart has ended.
+type apartEnd struct {
+	inFlight  []*message // at the end of the connection
+	unsent    []*message
+	explained bool // no message caused the end
+	stalled   bool // the end was ours, since answers ceased to come
+}
+
+// publishApart publishes a group on a connection of its own.
+func (r *Relay) publishApart(ctx, hard context.Context, group []*message) apartEnd {
 	wait := newBackOff()
 	conn, err := r.pub.connect(ctx)
 	for err != nil {
 		if pause(ctx, wait.NextBackOff()) != nil {
-			return group
+			return apartEnd{unsent: group}
 		}
 		conn, err = r.pub.connect(ctx)
 	}
@@ -160,8 +186,9 @@ func (r *Relay) publishApart(ctx, hard context.Context, group []*message) []*mes
 			back: func(ms []*message) { group = append(ms, group...) },
 		})
 	}
+	cause := context.Cause(ctx)
 	s.end()
-	return append(s.orphans, group...) // with what was not sent
+	return apartEnd{s.orphans, group, cause == nil || explained(cause), s.stalled.Load()}
 }
 
 func (r *Relay) unknownAll(ms []*message) {

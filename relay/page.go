@@ -3,6 +3,7 @@ package relay
 import (
 	"cmp"
 	"context"
+	"math"
 	"slices"
 	"time"
 
@@ -28,21 +29,25 @@ type page struct {
 // leaves no named statement in the session, which a pooler would hand to others.
 const unplanned = pgx.QueryExecModeCacheDescribe
 
-// readSpans reads the ids in spans, which are sorted; of keys alone, if there are
-// any.
+// readSpans reads the ids in spans, of which only the last may be open; of keys alone,
+// if there are any.
 func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys ...string) (p page, err error) {
 	most := pageRows // messages to be published
 	if len(keys) > 0 {
 		most = min(most, lineRows*len(keys))
 	}
-	if len(spans) == 1 {
-		p, err = r.read(ctx, r.sql.page, pageBytes, pageRows, ids, spans[0].low, spans[0].high, keys, most)
+	from := int64(math.MaxInt64) // above all ids
+	if last := len(spans) - 1; last >= 0 && spans[last].high == math.MaxInt64 {
+		from, spans = spans[last].low, spans[:last]
+	}
+	if len(spans) == 0 {
+		p, err = r.read(ctx, r.sql.page, pageBytes, pageRows, ids, from, keys, most)
 	} else {
 		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
 		for i, s := range spans {
 			lows[i], highs[i] = s.low, s.high
 		}
-		p, err = r.read(ctx, r.sql.pages, pageBytes, pageRows, ids, lows, highs, keys, most)
+		p, err = r.read(ctx, r.sql.pages, pageBytes, pageRows, ids, from, keys, most, lows, highs)
 	}
 	p.cut = p.cut || len(p.ids) >= pageRows || len(p.ids)-len(p.rest) >= most
 	return p, err
@@ -52,7 +57,7 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 // the same epoch. Rows are visible before they are durable if their producer uses
 // synchronous_commit=off: a server that crashes then has never heard of them.
 func (r *reader) read(ctx context.Context, sql string, bytes, rows int, ids []int16, args ...any) (p page, err error) {
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()
 	args = append([]any{unplanned, bytes, rows, laneSet(ids)}, args...)
 	if !r.loaded {

@@ -23,14 +23,15 @@ func (r *Relay) probe(ctx, hard context.Context) {
 			notify(r.hand.probes)
 			continue
 		}
-		wait.Reset()
 		probeCtx, s := r.newSession(ctx, conn)
 		stop := context.AfterFunc(hard, func() { s.fail(errStopped); conn.Cut() })
 		c, err := s.newChannel(1, true)
 		if err == nil {
+			wait.Reset()
 			c.publish(probeCtx, source{take: r.hand.takeAlone, back: r.hand.retryAll})
 		} else {
 			s.fail(fmt.Errorf("open channel: %w", err))
+			_ = pause(ctx, wait.NextBackOff())
 			notify(r.hand.probes)
 		}
 		cause := context.Cause(probeCtx)

@@ -1,11 +1,15 @@
 package relay
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -24,15 +28,18 @@ type reader struct {
 	idle   time.Duration // longest wait between two looks
 	health *condition
 
-	epochs [lanes]int64 // of the lanes that are read
-	floor  int64
-	gaps   gaps
-	scan   scan
-	dueAt  time.Time // when parked messages were last looked at
+	epochs   [lanes]int64 // of the lanes that are read
+	floor    int64
+	gaps     gaps
+	scan     scan
+	late     []span    // gaps that may have been filled, to be read before anything newer
+	lateSeen snapshot  // by which they may
+	dueAt    time.Time // when parked messages were last looked at
 
 	walked   string    // the last key of which the parked messages were looked at
 	walkedAt time.Time // when
 	loaded   bool      // the last read found something
+	slow     int       // reads in a row that took too long
 	readAt   time.Time // when what is above the floor was last read
 	idling   bool      // nothing has come for a while
 	noParked bool      // nor was anything parked at the last look
@@ -87,17 +94,34 @@ func (r *reader) run(ctx context.Context) {
 	}
 }
 
+// limit is how long a read may take. One that took too long is given more time: from
+// the start it may have to pass over millions of dead rows that a snapshot keeps.
+func (r *reader) limit() time.Duration { return readTimeout << min(r.slow, 5) }
+
+// errGoneBack says that ids will be issued again that were seen.
+var errGoneBack = errors.New("the sequence has gone back: another server answers, or it was restored")
+
 // once does one round of reading and returns how many messages were new. After an
 // error nothing is known any more of what was there: another server may answer
-// from now on, which issues ids again that were seen.
+// from now on, which issues ids again that were seen. Not so if a statement was
+// cancelled, by statement_timeout or by hand: the session goes on.
 func (r *reader) once(ctx context.Context) (added int, err error) {
 	defer r.hand.readEnded()
 	ids := r.lanes()
 	if len(ids) == 0 || r.hand.full() {
 		return 0, nil
 	}
-	if added, err = r.readAll(ctx, ids); err != nil {
-		r.floor, r.gaps, r.scan = 0, gaps{}, scan{}
+	added, err = r.readAll(ctx, ids)
+	var cancelled *pgconn.PgError
+	switch {
+	case err == nil:
+		r.slow = 0
+	case errors.As(err, &cancelled) && cancelled != nil && cancelled.Code == "57014":
+	default:
+		if errors.Is(err, context.DeadlineExceeded) {
+			r.slow++
+		}
+		r.floor, r.gaps, r.late, r.scan = 0, gaps{}, nil, scan{}
 		r.hand.forgetPassed(func(int16) bool { return true })
 	}
 	r.loaded = added > 0
@@ -160,24 +184,24 @@ func (r *reader) look(ctx context.Context) (drawn bool, err error) {
 
 // readNew reads what is above the floor or in a gap.
 func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error) {
+	if len(r.late) > 0 {
+		return r.readLate(ctx, ids)
+	}
 	r.readAt = time.Now()
-	spans := append(r.gaps.fresh(), span{r.floor + 1, math.MaxInt64})
-	p, err := r.readSpans(ctx, spans, ids)
+	p, err := r.readSpans(ctx, append(r.gaps.fresh(), span{r.floor + 1, math.MaxInt64}), ids)
+	if err == nil && p.drawn < r.floor {
+		err = errGoneBack
+	}
 	if err != nil {
 		return 0, err
 	}
 	if late := r.gaps.ended(p.running); len(late) > 0 {
 		// What was committed into these gaps comes before this page.
-		again, err := r.readSpans(ctx, append(late, r.gaps.fresh()...), ids)
-		if err != nil {
-			return 0, err
+		r.late, r.lateSeen = append(late, r.gaps.fresh()...), p.running
+		slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
+		if added, err = r.readLate(ctx, ids); err != nil || len(r.late) > 0 {
+			return added, err // the rest of them first
 		}
-		added = r.hand.admit(again.messages)
-		r.gaps.fill(again.ids)
-		if again.cut {
-			return max(added, 1), nil // the rest of them first
-		}
-		r.gaps.looked(again.running, time.Now())
 	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor {
 		r.gaps.looked(p.running, time.Now())
 	}
@@ -190,21 +214,55 @@ func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error
 	return added, nil
 }
 
+// lateSpans is how many gaps are looked into at once.
+const lateSpans = 1000
+
+// readLate reads what is in the gaps that may have been filled, in the order of ids,
+// until that is done or the hand is full. A long transaction can leave tens of thousands.
+func (r *reader) readLate(ctx context.Context, ids []int16) (added int, err error) {
+	for len(r.late) > 0 && !r.hand.full() {
+		spans := r.late[:min(lateSpans, len(r.late))]
+		p, err := r.readSpans(ctx, spans, ids)
+		if err != nil {
+			return added, err
+		}
+		added += r.hand.admit(p.messages)
+		r.gaps.fill(p.ids)
+		if p.cut {
+			last := p.ids[len(p.ids)-1]
+			for len(r.late) > 0 && r.late[0].high <= last {
+				r.late = r.late[1:]
+			}
+			if len(r.late) > 0 {
+				r.late[0].low = max(r.late[0].low, last+1)
+			}
+		} else {
+			r.late = r.late[len(spans):]
+		}
+	}
+	if len(r.late) == 0 {
+		r.gaps.looked(r.lateSeen, time.Now())
+	}
+	return max(added, 1), nil
+}
+
 // raise moves the floor to the last id that a read has found; if there was none
 // above it, to the last that was drawn, lest each read pass over the same dead
-// rows.
+// rows. It never moves beyond that one: of ids that did not come from the sequence
+// those below are still to come.
 func (r *reader) raise(p page) {
-	above := p.ids[:0]
+	var above []int64
 	for _, id := range p.ids {
-		if id > r.floor {
+		if id > r.floor && id <= p.drawn {
 			above = append(above, id)
 		}
 	}
 	to := p.drawn
-	if len(above) > 0 {
-		to = above[len(above)-1]
-	} else if p.cut {
+	if p.cut && len(above) == 0 {
 		return
+	}
+	if p.cut || len(above) > 0 {
+		to = above[len(above)-1]
 	}
 	if to > r.floor {
 		r.gaps.add(between(span{r.floor + 1, to}, above), time.Now())

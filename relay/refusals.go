@@ -14,9 +14,9 @@ type refusals struct {
 	count atomic.Int64 // of destinations, so that what is confirmed need not lock
 
 	mu           sync.Mutex
-	destinations map[destination]bool
-	deadAt       time.Time // when dead messages were mentioned last
-	unsaid       int       // dead messages since
+	destinations map[destination]time.Time // when they last refused something
+	deadAt       time.Time                 // when dead messages were mentioned last
+	unsaid       int                       // dead messages since
 }
 
 // maxRefusals bounds the destinations that are remembered, and so the lines.
@@ -26,14 +26,21 @@ func (f *refusals) refused(m *message, reason, text string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	d := m.destination
-	if f.destinations[d] || len(f.destinations) >= maxRefusals {
+	_, known := f.destinations[d]
+	if !known && len(f.destinations) >= maxRefusals {
 		return
 	}
-	f.destinations[d] = true
+	if f.destinations[d] = time.Now(); known {
+		return
+	}
 	f.count.Store(int64(len(f.destinations)))
 	f.log.Warn("relay: messages are refused; they are parked", "exchange", m.exchange, "routing_key", m.routingKey,
 		"reason", reason, "error", text)
 }
+
+// acceptedAfter is how long a destination must not have refused anything before it
+// counts as one that accepts: a full queue does both in turn.
+const acceptedAfter = 5 * time.Second
 
 func (f *refusals) accepted(m *message) {
 	if f.count.Load() == 0 {
@@ -42,7 +49,7 @@ func (f *refusals) accepted(m *message) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	d := m.destination
-	if f.destinations[d] {
+	if last, ok := f.destinations[d]; ok && time.Since(last) > acceptedAfter {
 		delete(f.destinations, d)
 		f.count.Store(int64(len(f.destinations)))
 		f.log.Info("relay: messages are accepted again", "exchange", m.exchange, "routing_key", m.routingKey)

@@ -49,7 +49,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
 	r.suspects, r.isolation.some = newSuspects(), make(chan struct{}, 1)
 	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
-	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]bool)
+	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]time.Time)
 	for c, what := range map[*condition]string{
 		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
 		&r.settling: "writing to the outbox", &r.broker: "broker", &r.blocked: "publishing",
@@ -114,6 +114,7 @@ func (r *Relay) Run(ctx context.Context) error {
 	defer timer.Stop()
 	reading.Wait()    // nothing more comes into the hand
 	publishing.Wait() // everything in flight has its answer
+	r.unknownAll(r.isolation.clear())
 	close(stopSettling)
 	settling.Wait() // the tables say so
 	stopLeasing()

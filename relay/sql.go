@@ -14,7 +14,10 @@ type statements struct {
 	flushed              string
 	blocked, heads       string
 	delete, deleteParked string
-	park, repark         string
+	// The same of rows that nobody has locked, and what is left of the rows.
+	deleteFree, deleteParkedFree string
+	left, leftParked             string
+	park, repark                 string
 }
 
 func newStatements(schema string) statements {
@@ -25,16 +28,23 @@ func newStatements(schema string) statements {
 		"{relay}", pgx.Identifier{schema, "outbox_relay"}.Sanitize(),
 		"{lane}", pgx.Identifier{schema, "outbox_lane"}.Sanitize(),
 	)
+	of := func(sql, table, lock string) string {
+		return replacer.Replace(strings.NewReplacer("{table}", table, "{lock}", lock).Replace(sql))
+	}
 	return statements{
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
 		drawn: replacer.Replace(drawnSQL),
-		page:  replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpan, 1)),
+		page:  replacer.Replace(strings.Replace(pageSQL, "{ids}", idsFrom, 1)),
 		pages: replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpans, 1)),
 		due:   replacer.Replace(dueSQL), flushed: flushedSQL,
 		blocked: replacer.Replace(blockedSQL), heads: replacer.Replace(headsSQL),
-		delete:       replacer.Replace(strings.ReplaceAll(deleteSQL, "{table}", "{outbox}")),
-		deleteParked: replacer.Replace(strings.ReplaceAll(deleteSQL, "{table}", "{parked}")),
-		park:         replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
+		delete:           of(deleteSQL, "{outbox}", ""),
+		deleteParked:     of(deleteSQL, "{parked}", ""),
+		deleteFree:       of(deleteSQL, "{outbox}", "FOR UPDATE SKIP LOCKED"),
+		deleteParkedFree: of(deleteSQL, "{parked}", "FOR UPDATE SKIP LOCKED"),
+		left:             of(leftSQL, "{outbox}", ""),
+		leftParked:       of(leftSQL, "{parked}", ""),
+		park:             replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
 	}
 }
 
@@ -103,12 +113,11 @@ const (
 	messageColumns = `id, lane, message_id, key, exchange, routing_key, type, content_type, headers`
 )
 
-// pageSQL reads the ids from $4 to $5 by primary key, whatever their lane, and
-// blanks those of lanes other than $3, or, if $6 is given, of other keys: filtering
-// inside would read on through the rows of others. It ends after $7 that are not
-// blank. behind says that a message of the
-// key is parked; if none of any key is, that costs one look for the page. EXISTS would
-// drop the ORDER BY that pins the plan of both looks.
+// pageSQL reads the ids from $4 on by primary key, whatever their lane, and blanks
+// those of lanes other than $3, or, if $5 is given, of other keys: filtering inside
+// would read on through the rows of others. It ends after $6 that are not blank. behind
+// says that a message of the key is parked; if none of any key is, that costs one look
+// for the page. EXISTS would drop the ORDER BY that pins the plan of both looks.
 //
 // Parked messages of a key are found by one range of index (lane, key, id), here and
 // below. Of lane = and key = the planner would make of ORDER BY one by id: where one
@@ -128,28 +137,28 @@ const pageSQL = `WITH page AS (
 		FROM (
 			SELECT n.*, CASE WHEN mine THEN octet_length(payload) ELSE 0 END AS bytes
 			FROM (
-				SELECT o.*, ($3::bigint >> lane) & 1 = 1 AND coalesce(key = ANY($6::text[]), $6 IS NULL) AS mine
+				SELECT o.*, ($3::bigint >> lane) & 1 = 1 AND coalesce(key = ANY($5::text[]), $5 IS NULL) AS mine
 				FROM {ids} AS o
 			) AS n
 		) AS next
 		WINDOW upto AS (ORDER BY id ROWS UNBOUNDED PRECEDING)
-	)` + headSQL + ` AND nth <= $7::int`
+	)` + headSQL + ` AND nth <= $6::int`
 
 // A range of ids looks small to the planner, which has no statistics, and it would
-// sort all of it; the lower bound alone pins the index scan. No more is read than
-// a span has ids.
+// sort all of it; the lower bound alone pins the index scan. Below the floor there may
+// be any number of rows that are dead or not yet committed: there each span has its
+// end as a bound of the scan. Only ids are sorted.
 const (
-	idsOfSpan = `(
-					SELECT * FROM (SELECT * FROM {outbox} WHERE id >= $4::bigint ORDER BY id LIMIT $2) AS i WHERE id <= $5::bigint
-				)`
-	// idsOfSpans reads several spans at once. Only ids are sorted.
+	idsFrom = `(SELECT * FROM {outbox} WHERE id >= $4::bigint ORDER BY id LIMIT $2)`
+	// idsOfSpans reads the spans from $7 to $8, too.
 	idsOfSpans = `(
 					SELECT o.* FROM (
-						SELECT i.id FROM unnest($4::bigint[], $5::bigint[]) AS s (low, high)
+						SELECT i.id FROM unnest($7::bigint[], $8::bigint[]) AS s (low, high)
 						CROSS JOIN LATERAL (
-							SELECT id FROM {outbox} WHERE id >= s.low ORDER BY id LIMIT least($2, s.high - s.low + 1)
+							SELECT id FROM {outbox} WHERE id >= s.low AND id <= s.high ORDER BY id LIMIT least($2, s.high - s.low + 1)
 						) AS i
-						WHERE i.id <= s.high
+						UNION ALL
+						(SELECT id FROM {outbox} WHERE id >= $4::bigint ORDER BY id LIMIT $2)
 						ORDER BY id LIMIT $2
 					) AS i CROSS JOIN LATERAL (SELECT * FROM {outbox} WHERE id = i.id ORDER BY id LIMIT 1) AS o
 				)`
@@ -221,11 +230,17 @@ const emitSQL = `SELECT set_config('synchronous_commit', 'local', true), pg_logi
 
 // deleteSQL removes confirmed messages from one of the two tables by primary key,
 // one look-up for each whatever the planner thinks of the table's size. Ids alone
-// do not do: after a fail-over they can be issued again.
+// do not do: after a fail-over they can be issued again. It does not wait long for a
+// row that somebody has locked, such as an operator who deletes it.
 const deleteSQL = `DELETE FROM {table} WHERE ctid = ANY(ARRAY(
 		SELECT o.ctid FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
-		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1) AS o
-		WHERE o.message_id = c.message_id AND (SELECT set_config('synchronous_commit', 'off', true)) IS NOT NULL))`
+		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1 {lock}) AS o
+		WHERE o.message_id = c.message_id
+			AND (SELECT set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', '200ms', true)) IS NOT NULL))`
+
+// leftSQL returns which of the messages a table holds.
+const leftSQL = `SELECT c.id FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
+	WHERE (SELECT message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1) = c.message_id`
 
 // refusedRows is what parkSQL and reparkSQL share: the verdicts, one array per
 // column, of those messages whose lane is still ours. The lanes' rows are locked
@@ -241,9 +256,14 @@ const refusedRows = `lanes AS MATERIALIZED (
 		WHERE r.lane IN (SELECT lane FROM lanes)
 	)`
 
-// parkSQL moves messages from outbox to outbox_parked.
-const parkSQL = `WITH ` + refusedRows + `, moved AS (
-		DELETE FROM {outbox} AS o USING refused AS r WHERE o.id = r.id AND o.message_id = r.message_id
+// parkSQL moves messages from outbox to outbox_parked, those that nobody has locked.
+const parkSQL = `WITH ` + refusedRows + `, free AS MATERIALIZED (
+		SELECT r.id, o.ctid FROM refused AS r CROSS JOIN LATERAL (
+			SELECT ctid, message_id FROM {outbox} WHERE id = r.id ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED
+		) AS o WHERE o.message_id = r.message_id
+	), moved AS (
+		DELETE FROM {outbox} AS o USING refused AS r
+		WHERE o.id = r.id AND o.message_id = r.message_id AND o.ctid = ANY(ARRAY(SELECT ctid FROM free))
 		RETURNING o.*, r.reason, r.attempts, r.delay, r.last_error
 	)
 	INSERT INTO {parked} (id, reason, due_at, attempts, last_error,
@@ -252,8 +272,9 @@ const parkSQL = `WITH ` + refusedRows + `, moved AS (
 		message_id, key, exchange, routing_key, type, content_type, headers, payload, created_at
 	FROM moved`
 
-// reparkSQL records another verdict on messages that were parked already. From
-// its first refusal a message has $10 seconds until it is dead, which is returned.
+// reparkSQL records another verdict on messages that were parked already, other than
+// those that somebody has locked: they stay due. From its first refusal a message has
+// $10 seconds until it is dead, which is returned.
 const reparkSQL = `WITH ` + refusedRows + `
 	UPDATE {parked} AS p SET
 		reason = v.reason,
@@ -266,7 +287,7 @@ const reparkSQL = `WITH ` + refusedRows + `
 		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > 0 AND q.reason = 'retry'
 				AND q.parked_at < clock_timestamp() - $10 * interval '1 second'
 			THEN 'dead' ELSE r.reason END AS reason
-		FROM {parked} AS q WHERE q.id = r.id
+		FROM {parked} AS q WHERE q.id = r.id ORDER BY q.id LIMIT 1 FOR UPDATE SKIP LOCKED
 	) AS v
 	WHERE p.id = r.id AND p.message_id = r.message_id AND p.reason IN ('scheduled', 'retry', 'blocked')
 	RETURNING p.id, p.reason = 'dead'`
