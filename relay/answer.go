@@ -119,8 +119,8 @@ func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
 // messages.
 func (c *channel) late(f flight) bool {
 	limit := c.relay.pub.cfg.ConfirmTimeout
-	if f.onTrial {
-		limit = min(limit, silentAfter)
+	if f.patience > 0 {
+		limit = min(limit, f.patience)
 	}
 	blocked, open := c.blockedSince()
 	return !blocked && since()-max(f.at, open) > int64(limit)

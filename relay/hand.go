@@ -2,6 +2,7 @@ package relay
 
 import (
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 )
@@ -24,6 +25,7 @@ type hand struct {
 	waiting   int                  // messages that wait in lines
 	waitBytes int                  // of their payloads
 	inFlight  int
+	probing   int        // messages taken alone, other than those on trial
 	held      [lanes]int // messages not settled
 	busy      [lanes]int // of those, messages taken
 	alone     []*message
@@ -250,15 +252,22 @@ func (h *hand) retryAll(ms []*message) {
 	}
 }
 
-// takeAlone takes the next message that is to be published alone.
+// takeAlone takes the next message that is to be published alone: first those on trial,
+// for which others wait.
 func (h *hand) takeAlone(int) []*message {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if len(h.alone) == 0 {
-		return nil
+	i := slices.IndexFunc(h.alone, func(m *message) bool { return m.onTrial })
+	if i < 0 {
+		if len(h.alone) == 0 || h.probing >= probers/2 {
+			return nil
+		}
+		i = 0
+		h.alone[0].probing = true
+		h.probing++
 	}
-	m := h.alone[0]
-	h.alone = h.alone[1:]
+	m := h.alone[i]
+	h.alone = slices.Delete(h.alone, i, i+1)
 	h.busy[m.lane]++
 	if len(h.alone) > 0 {
 		notify(h.probes)

@@ -30,11 +30,13 @@ type message struct {
 	behind      bool // a message of its key was parked when it was read
 	attempts    int
 
-	alone   bool   // to be published with nothing else in flight on its channel
-	onTrial bool   // it is to show whether its destination answers
-	deaths  int    // connections that ended while it was in flight, nobody knows why
-	route   *route // on which it is ready or in flight; nil if alone
-	readyAt int64  // since when, by our monotonic clock
+	alone    bool          // to be published with nothing else in flight on its channel
+	onTrial  bool          // it is to show whether its destination answers
+	probing  bool          // it is taken, alone, and not on trial
+	patience time.Duration // how long it may be without an answer, alone; 0: ConfirmTimeout
+	deaths   int           // connections that ended while it was in flight, nobody knows why
+	route    *route        // on which it is ready or in flight; nil if alone
+	readyAt  int64         // since when, by our monotonic clock
 }
 
 // destination is where a message goes.

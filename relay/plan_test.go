@@ -71,7 +71,7 @@ func TestMillionScheduledMessagesCostNothing(t *testing.T) {
 			sql  string
 			args []any
 		}{
-			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}}},
+			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil}},
 			{"look", p.sql.drawn, nil},
 			{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows}},
 		} {
@@ -155,7 +155,7 @@ func (p *planner) checkAll(when string) {
 		{"gaps", 600, p.sql.pages, []any{pageBytes, pageRows, everything, int64(planRows - 9), noKeys, pageRows, lows, highs}},
 		{"scan", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, noKeys, pageRows, []int64{1}, []int64{planRows}}},
 		{"what was passed over", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, []string{"77"}, lineRows, []int64{planRows / 2}, []int64{planRows}}},
-		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}}},
+		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}, 0.0, nil, nil}},
 		{"blocked keys", 101, p.sql.blocked, []any{all, "", 15}},
 		{"heads", 101, p.sql.heads, []any{pageBytes, 1, everything, blockedLanes, blockedKeys}},
 		{"delete", settleRows, p.sql.delete, []any{ids, messageIDs}},

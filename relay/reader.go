@@ -20,13 +20,14 @@ import (
 // there by now. So a message is never read before another of its key that was
 // committed before it was written.
 type reader struct {
-	db     *pgxpool.Pool
-	sql    statements
-	hand   *hand
-	leases *leases
-	wake   chan struct{}
-	idle   time.Duration // longest wait between two looks
-	health *condition
+	db       *pgxpool.Pool
+	sql      statements
+	hand     *hand
+	leases   *leases
+	suspects *suspects
+	wake     chan struct{}
+	idle     time.Duration // longest wait between two looks
+	health   *condition
 
 	epochs   [lanes]int64 // of the lanes that are read
 	floor    int64
@@ -35,6 +36,7 @@ type reader struct {
 	late     []span    // gaps that may have been filled, to be read before anything newer
 	lateSeen snapshot  // by which they may
 	dueAt    time.Time // when parked messages were last looked at
+	recall   []place   // suspects no more: what was parked for them is read before its time
 
 	walked   string    // the last key of which the parked messages were looked at
 	walkedAt time.Time // when
@@ -294,23 +296,45 @@ func (r *reader) readPassedOver(ctx context.Context, ids []int16) (added int, er
 	return added, nil
 }
 
-// readDue reads parked messages whose time has come.
+// readDue reads parked messages whose time has come, and first those for places that
+// are suspect no more.
 func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error) {
+	r.recall = append(r.recall, r.suspects.takeCleared()...)
+	for len(r.recall) > 0 && !r.hand.full() {
+		p := r.recall[0]
+		routingKey := &p.routingKey
+		if p.whole {
+			routingKey = nil
+		}
+		n, err := r.readParked(ctx, ids, suspectDelay, &p.exchange, routingKey)
+		if err != nil {
+			return added, err
+		}
+		if added += n; n == 0 {
+			r.recall = r.recall[1:]
+		}
+	}
 	now := time.Now()
 	if r.noParked || now.Sub(r.dueAt) < dueEvery {
-		return 0, nil
+		return added, nil
 	}
-	due, err := r.read(ctx, r.sql.due, pageBytes, duePerLane, ids, r.hand.parkedIDs())
+	n, err := r.readParked(ctx, ids, 0, nil, nil)
+	if err == nil && n == 0 {
+		r.dueAt = now
+	}
+	return added + n, err
+}
+
+// readParked reads parked messages whose time comes within a while.
+func (r *reader) readParked(ctx context.Context, ids []int16, within time.Duration, exchange, routingKey *string) (int, error) {
+	p, err := r.read(ctx, r.sql.due, pageBytes, duePerLane, ids, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey)
 	if err != nil {
 		return 0, err
 	}
-	for _, m := range due.messages {
+	for _, m := range p.messages {
 		m.parked = true
 	}
-	if len(due.messages) == 0 {
-		r.dueAt = now
-	}
-	return r.hand.admit(due.messages), nil
+	return r.hand.admit(p.messages), nil
 }
 
 // lanes returns the lanes to read. Of a lane that is newly ours everything below

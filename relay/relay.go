@@ -63,7 +63,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	r.leases = newLeases(db, sql, cfg, r.hand, &r.leasing)
 	r.leases.useless = func() bool { return r.broker.failsFor() > cfg.Lease }
 	r.reader = &reader{
-		db: db, sql: sql, hand: r.hand, leases: r.leases, idle: cfg.IdleInterval,
+		db: db, sql: sql, hand: r.hand, leases: r.leases, suspects: r.suspects, idle: cfg.IdleInterval,
 		wake: make(chan struct{}, 1), health: &r.reading,
 	}
 	r.settler = &settler{

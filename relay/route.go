@@ -87,6 +87,11 @@ func (h *hand) endTrial(m *message) {
 
 // release gives the place of m in the window to another.
 func (h *hand) release(m *message) {
+	if m.probing {
+		m.probing = false
+		h.probing--
+		notify(h.probes)
+	}
 	r := m.route
 	if r == nil {
 		return
@@ -129,7 +134,7 @@ func (h *hand) try(ms []*message) {
 		h.release(m)
 		if !m.alone && !h.onTrial[m.destination] {
 			h.onTrial[m.destination] = true
-			m.alone, m.onTrial = true, true
+			m.alone, m.onTrial, m.patience = true, true, silentAfter
 		}
 		if m.alone {
 			h.alone = append(h.alone, m)

@@ -170,9 +170,10 @@ const drawnSQL = `SELECT CASE WHEN is_called THEN last_value ELSE 0 END, EXISTS 
 	(SELECT id FROM {parked} ORDER BY id LIMIT 1) IS NOT NULL
 	FROM {sequence}`
 
-// dueSQL reads parked messages whose time has come, other than those with the ids
-// $4 and with a key only its head, by index (lane, due_at); $2 rows are per lane. A scheduled message was
-// created, for its consumers, when it was due. (clock_timestamp is volatile: an index
+// dueSQL reads parked messages whose time has come, or those for the exchange $6 and,
+// if given, the routing key $7 whose time comes within $5 seconds; other than those with
+// the ids $4, and with a key only its head. It goes by index (lane, due_at); $2 rows are
+// per lane. A scheduled message was created, for its consumers, when it was due. (clock_timestamp is volatile: an index
 // condition with it would be a filter over all that is not due yet.)
 const dueSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, attempts, true AS mine, true AS behind, payload,
@@ -181,7 +182,9 @@ const dueSQL = `WITH page AS (
 		FROM generate_series(0, 63) AS l (lane_wanted)
 		CROSS JOIN LATERAL (
 			SELECT * FROM {parked} AS p
-			WHERE p.lane = l.lane_wanted AND ($3::bigint >> l.lane_wanted) & 1 = 1 AND p.due_at <= statement_timestamp() AND p.id <> ALL($4::bigint[])
+			WHERE p.lane = l.lane_wanted AND ($3::bigint >> l.lane_wanted) & 1 = 1 AND p.due_at <= statement_timestamp() + $5::float8 * interval '1 second'
+				AND p.id <> ALL($4::bigint[])
+				AND ($6::text IS NULL OR p.reason = 'retry' AND p.exchange = $6 AND coalesce(p.routing_key = $7::text, $7 IS NULL))
 				AND (p.key IS NULL OR p.id = (
 					SELECT h.id FROM {parked} AS h
 					WHERE h.key IS NOT NULL AND (h.lane, h.key, h.id) >= (p.lane, p.key, 0) ORDER BY h.lane, h.key, h.id LIMIT 1))
@@ -281,10 +284,10 @@ const reparkSQL = `WITH ` + refusedRows + `
 		due_at = CASE v.reason WHEN 'retry' THEN clock_timestamp() + r.delay * interval '1 second' END,
 		attempts = least(p.attempts, 1000000000) + r.attempts,
 		last_error = r.last_error,
-		parked_at = CASE p.reason WHEN 'retry' THEN p.parked_at ELSE clock_timestamp() END,
+		parked_at = CASE WHEN p.reason = 'retry' AND p.attempts > 0 THEN p.parked_at ELSE clock_timestamp() END,
 		created_at = CASE p.reason WHEN 'scheduled' THEN greatest(p.created_at, p.due_at) ELSE p.created_at END
 	FROM refused AS r, LATERAL (
-		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > 0 AND q.reason = 'retry'
+		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > 0 AND q.reason = 'retry' AND q.attempts > 0
 				AND q.parked_at < clock_timestamp() - $10 * interval '1 second'
 			THEN 'dead' ELSE r.reason END AS reason
 		FROM {parked} AS q WHERE q.id = r.id ORDER BY q.id LIMIT 1 FOR UPDATE SKIP LOCKED

@@ -1,10 +1,15 @@
 package relay
 
 import (
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
 )
+
+// suspectDelay bounds how long messages for a suspect are parked. When it takes messages
+// again they are read before their time.
+const suspectDelay = 5 * time.Minute
 
 // suspects are destinations that would harm others: exchanges that the broker
 // said are missing or closed to us, each message to which closes a channel, and
@@ -14,6 +19,7 @@ type suspects struct {
 	count   atomic.Int64 // so that what is confirmed need not lock
 	mu      sync.Mutex
 	byPlace map[place]*suspect
+	cleared []place // of which messages are parked, perhaps
 }
 
 // place is a destination, or a whole exchange.
@@ -31,6 +37,7 @@ type suspect struct {
 	why      string // in the broker's words
 	probe    *message
 	next     time.Time // of the next probe
+	chosenAt time.Time // when a message was last chosen to be it
 }
 
 // maxSuspects bounds the places that are remembered.
@@ -63,14 +70,16 @@ func (s *suspects) admit(m *message) bool {
 	if x == nil {
 		return true
 	}
-	if m.parked && x.probe == nil && time.Now().After(x.next) {
-		x.probe, m.alone = m, true
+	if now := time.Now(); m.parked && x.probe == nil && now.After(x.next) {
+		x.probe, x.chosenAt = m, now
+		m.alone, m.patience = true, silentAfter<<min(x.failures, 10)
 	}
 	return false
 }
 
-// accuse makes p a suspect because of m, or counts the failure of its probe.
-func (s *suspects) accuse(p place, m *message, why string) {
+// accuse makes p a suspect because of m, or counts the failure of its probe. It returns
+// when m is to be tried again.
+func (s *suspects) accuse(p place, m *message, why string) (delay time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	x := s.byPlace[p]
@@ -86,22 +95,29 @@ func (s *suspects) accuse(p place, m *message, why string) {
 		s.count.Store(int64(len(s.byPlace)))
 	}
 	x.why = why
-	if x.probe == m {
-		x.failures++
-		x.probe = nil
-		x.next = time.Now().Add(min(backOff(x.failures), maxProbe))
+	if x.probe != m {
+		return backOff(0)
 	}
+	x.failures++
+	delay = min(backOff(x.failures), maxProbe)
+	x.probe, x.chosenAt, x.next = nil, time.Now(), time.Now().Add(delay)
+	return delay // as the next probe
 }
 
-// reason returns how often probes of the suspect to which m goes have failed, and
-// why it is one.
-func (s *suspects) reason(m *message) (failures int, why string) {
+// wait returns when m, which was not tried, is to be read again, and why the place to
+// which it goes is suspect. If nothing has been chosen as a probe for a while, m is.
+func (s *suspects) wait(m *message) (delay time.Duration, why string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if x := s.of(m); x != nil {
-		return x.failures, x.why
+	x := s.of(m)
+	if x == nil {
+		return backOff(0), "" // cleared meanwhile
 	}
-	return 0, "" // cleared meanwhile
+	if time.Since(x.chosenAt) > 2*maxProbe {
+		x.chosenAt = time.Now()
+		return backOff(0), x.why
+	}
+	return rand.N(suspectDelay), x.why
 }
 
 // forget ends the probe that m was, without a result.
@@ -127,7 +143,19 @@ func (s *suspects) clear(m *message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range placesOf(m) {
-		delete(s.byPlace, p)
+		if s.byPlace[p] != nil {
+			delete(s.byPlace, p)
+			s.cleared = append(s.cleared, p)
+		}
 	}
 	s.count.Store(int64(len(s.byPlace)))
+}
+
+// takeCleared returns the places that were cleared since.
+func (s *suspects) takeCleared() []place {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	cleared := s.cleared
+	s.cleared = nil
+	return cleared
 }

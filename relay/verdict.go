@@ -58,13 +58,10 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 		if why == missing {
 			p = placesOf(m)[0]
 		}
-		r.suspects.accuse(p, m, v.lastError)
-		failures, _ := r.suspects.reason(m)
-		v.delay = backOff(failures)
+		v.delay = r.suspects.accuse(p, m, v.lastError)
 	case suspected:
-		var failures int
-		failures, v.lastError = r.suspects.reason(m)
-		v.spend, v.delay = 0, backOff(failures)
+		v.spend = 0
+		v.delay, v.lastError = r.suspects.wait(m)
 	default:
 		r.suspects.clear(m)
 	}
