@@ -19,6 +19,9 @@ const (
 	silentAfter = 1500 * time.Millisecond
 	doubtFor    = 500 * time.Millisecond
 	sentApart   = 100 * time.Millisecond
+	// alertFor is how long after such an end no answers at all are taken for another:
+	// on a channel that waits for a silent queue nobody gets any.
+	alertFor = time.Minute
 )
 
 // collectAhead is how many unanswered messages are passed when nothing says that
@@ -121,6 +124,9 @@ func (c *channel) late(f flight) bool {
 	limit := c.relay.pub.cfg.ConfirmTimeout
 	if f.patience > 0 {
 		limit = min(limit, f.patience)
+	}
+	if at := c.relay.stalledAt.Load(); !c.prober && at != 0 && since()-at < int64(alertFor) {
+		limit = min(limit, silentAfter+doubtFor)
 	}
 	blocked, open := c.blockedSince()
 	return !blocked && since()-max(f.at, open) > int64(limit)

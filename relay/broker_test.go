@@ -82,12 +82,14 @@ func TestProbeThatCanNeverBePublishedDoesNotEndTheProbing(t *testing.T) {
 	lost[1].Payload = make([]byte, 200_000)
 	b.write(lost[0])
 	b.eventuallyCount("outbox_parked", 1)
+	_, err = b.db.Exec(testenv.Context(t), "DELETE FROM "+b.db.Table("outbox_parked")) // or it would stay the probe
+	b.must(err)
 	b.write(lost[1])
 	testenv.Eventually(t, time.Minute, "the big one is dead", func() bool { return b.reasons()["dead"] == 1 })
 	b.write(lost[2:]...)
 	b.eventuallyCount("outbox", 0)
 	b.declare(missing)
-	b.checkAll(b.drain(missing, 6), append(lost[:1:1], lost[2:]...), 0)
+	b.checkAll(b.drain(missing, 5), lost[2:], 0)
 }
 
 // With topic permissions the broker refuses one routing key of an exchange and takes

@@ -47,10 +47,11 @@ func TestPageThatOutlivesACrashHoldsNoGhosts(t *testing.T) {
 	direct, err := url.Parse(b.amqpURL)
 	b.must(err)
 	way := newGate(t, direct.Host)
-	way.shut()
 	b.amqpURL = way.url(*direct)
 	b.leaveCommitsOffTheDisk()
 	r, stop := b.start(func(cfg *relay.Config, _ *relay.RabbitMQConfig) { cfg.Lease = time.Minute })
+	testenv.Eventually(t, 20*time.Second, "ready", func() bool { return r.Ready() == nil })
+	way.shut()
 	committed := 0
 	for range 3 {
 		committed += b.produceUntilKilled(func() {

@@ -25,6 +25,7 @@ type hand struct {
 	waiting   int                  // messages that wait in lines
 	waitBytes int                  // of their payloads
 	inFlight  int
+	refusing  int        // verdicts not settled
 	probing   int        // messages taken alone, other than those on trial
 	held      [lanes]int // messages not settled
 	busy      [lanes]int // of those, messages taken
@@ -209,7 +210,7 @@ func (h *hand) refuse(v verdict) {
 func (h *hand) refuseOne(v verdict) {
 	h.release(v.message)
 	h.endTrial(v.message)
-	h.refused = append(h.refused, v)
+	h.verdict(v)
 	l := h.lines[v.key]
 	if l == nil || v.key == "" {
 		return
@@ -230,8 +231,14 @@ func (h *hand) refuseOne(v verdict) {
 // block parks a message behind the head of its key.
 func (h *hand) block(m *message) {
 	h.busy[m.lane]++
-	h.refused = append(h.refused, verdict{message: m, reason: "blocked"})
+	h.verdict(verdict{message: m, reason: "blocked"})
 	notify(h.settle)
+}
+
+func (h *hand) verdict(v verdict) {
+	v.refused = true
+	h.refusing++
+	h.refused = append(h.refused, v)
 }
 
 // retry takes back a message whose fate is unknown: it is published again.
@@ -301,8 +308,18 @@ func (h *hand) settled(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.busy[m.lane]--
+	if m.refused {
+		h.refusing--
+	}
 	h.left(m)
 	h.gone = append(h.gone, m.id)
+}
+
+// quiet says that no verdict is on its way to the tables.
+func (h *hand) quiet() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.refusing == 0
 }
 
 // idle says that nothing of a lane is under way.

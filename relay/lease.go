@@ -25,7 +25,7 @@ type leases struct {
 	log    *slog.Logger
 	health *condition
 
-	useless func() bool // the broker has been away for long
+	useless func() bool // the broker has never been there, or away for long
 
 	changed chan struct{} // lanes came or went
 	look    chan struct{} // there may be lanes to take

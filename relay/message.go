@@ -33,6 +33,7 @@ type message struct {
 	alone    bool          // to be published with nothing else in flight on its channel
 	onTrial  bool          // it is to show whether its destination answers
 	probing  bool          // it is taken, alone, and not on trial
+	refused  bool          // there is a verdict on it
 	patience time.Duration // how long it may be without an answer, alone; 0: ConfirmTimeout
 	deaths   int           // connections that ended while it was in flight, nobody knows why
 	route    *route        // on which it is ready or in flight; nil if alone
@@ -93,10 +94,12 @@ func (h *headerText) ScanBytes(text []byte) error {
 	quoted := strings.Split(string(text), `"`) // { name : value , name : value }
 	table := make(map[string]any, len(quoted)/4+2)
 	*h = table
-	for i := 1; i+2 < len(quoted); i += 4 {
+	plain := bytes.IndexByte(text, '\\') < 0 && len(quoted)%4 == 1
+	for i := 1; i+3 < len(quoted); i += 4 {
 		table[quoted[i]] = quoted[i+2]
+		plain = plain && quoted[i+1] == ": " && (quoted[i+3] == ", " || quoted[i+3] == "}")
 	}
-	if bytes.IndexByte(text, '\\') < 0 && 4*len(table)+1 == len(quoted) {
+	if plain && 4*len(table)+1 == len(quoted) {
 		return nil
 	}
 	clear(table)

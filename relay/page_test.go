@@ -35,6 +35,7 @@ func TestPageIsOnDiskBeforeItIsUsed(t *testing.T) {
 	must(err)
 	r, err := New(db.Pool, pub, Config{Schema: db.Schema, Logger: slog.New(slog.DiscardHandler)})
 	must(err)
+	r.connected.Store(true)
 	must(r.leases.once(ctx, true))
 	ids := r.reader.lanes()
 	read := 0

@@ -24,6 +24,7 @@ func TestProbingGoesOnAfterLanesWereLost(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(testenv.Context(t))
+	r.connected.Store(true)
 	if err := r.leases.once(ctx, true); err != nil {
 		t.Fatal(err)
 	}

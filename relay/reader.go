@@ -33,11 +33,12 @@ type reader struct {
 	floor    int64
 	gaps     gaps
 	scan     scan
-	late     []span    // gaps that may have been filled, to be read before anything newer
-	lateSeen snapshot  // by which they may
-	dueAt    time.Time // when parked messages were last looked at
-	recall   []place   // suspects no more: what was parked for them is read before its time
+	late     []span     // gaps that may have been filled, to be read before anything newer
+	lateSeen snapshot   // by which they may
+	dueAt    time.Time  // when parked messages were last looked at
+	recall   []recalled // suspects no more: what was parked for them is read before its time
 
+	recallAt time.Time // when nothing was found for the first of them
 	walked   string    // the last key of which the parked messages were looked at
 	walkedAt time.Time // when
 	loaded   bool      // the last read found something
@@ -49,6 +50,8 @@ type reader struct {
 
 const (
 	dueEvery    = 500 * time.Millisecond
+	recallFor   = 15 * time.Second // at most, if something is refused all the time
+	recallEvery = 100 * time.Millisecond
 	duePerLane  = 50
 	readTimeout = 10 * time.Second
 	flushWait   = 5 * time.Millisecond
@@ -300,8 +303,8 @@ func (r *reader) readPassedOver(ctx context.Context, ids []int16) (added int, er
 // are suspect no more.
 func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error) {
 	r.recall = append(r.recall, r.suspects.takeCleared()...)
-	for len(r.recall) > 0 && !r.hand.full() {
-		p := r.recall[0]
+	for len(r.recall) > 0 && !r.hand.full() && time.Since(r.recallAt) > recallEvery {
+		p, quiet := r.recall[0], r.hand.quiet()
 		routingKey := &p.routingKey
 		if p.whole {
 			routingKey = nil
@@ -310,9 +313,14 @@ func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error
 		if err != nil {
 			return added, err
 		}
-		if added += n; n == 0 {
-			r.recall = r.recall[1:]
+		if added += n; n > 0 {
+			continue
 		}
+		if !quiet && time.Since(p.at) < recallFor { // some are still on their way to the table
+			r.recallAt = time.Now()
+			break
+		}
+		r.recall = r.recall[1:]
 	}
 	now := time.Now()
 	if r.noParked || now.Sub(r.dueAt) < dueEvery {

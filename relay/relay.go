@@ -33,6 +33,8 @@ type Relay struct {
 	isolation isolation
 	counts    counts
 	running   atomic.Bool
+	connected atomic.Bool  // to the broker, at some time
+	stalledAt atomic.Int64 // when a connection was last given up for want of answers; 0: never
 
 	// What can keep the relay from its work.
 	schema, leasing, reading, settling, broker, blocked condition
@@ -49,7 +51,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
 	r.suspects, r.isolation.some = newSuspects(), make(chan struct{}, 1)
 	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
-	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]time.Time)
+	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{
 		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
 		&r.settling: "writing to the outbox", &r.broker: "broker", &r.blocked: "publishing",
@@ -61,7 +63,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	sql := newStatements(cfg.Schema)
 	r.leases = newLeases(db, sql, cfg, r.hand, &r.leasing)
-	r.leases.useless = func() bool { return r.broker.failsFor() > cfg.Lease }
+	r.leases.useless = func() bool { return !r.connected.Load() || r.broker.failsFor() > cfg.Lease }
 	r.reader = &reader{
 		db: db, sql: sql, hand: r.hand, leases: r.leases, suspects: r.suspects, idle: cfg.IdleInterval,
 		wake: make(chan struct{}, 1), health: &r.reading,
@@ -108,6 +110,7 @@ func (r *Relay) Run(ctx context.Context) error {
 		publishing.Go(func() { r.probe(ctx, hard) })
 	}
 	reading.Go(func() { r.reader.run(ctx) })
+	reading.Go(func() { r.refusals.watch(ctx) })
 
 	<-ctx.Done()
 	timer := time.AfterFunc(r.cfg.StopTimeout, cancel)
@@ -162,6 +165,8 @@ func (r *Relay) publishLoop(ctx, hard context.Context) {
 		conn, err := r.pub.connect(ctx)
 		if err == nil {
 			r.broker.set(nil)
+			r.connected.Store(true)
+			notify(r.leases.look)
 			connected := time.Now()
 			err = r.publish(ctx, hard, conn)
 			if time.Since(connected) > maxReconnect {
@@ -183,6 +188,6 @@ const maxReconnect = 3 * time.Second
 
 func newBackOff() *backoff.ExponentialBackOff {
 	b := backoff.NewExponentialBackOff()
-	b.InitialInterval, b.MaxInterval = 50*time.Millisecond, maxReconnect
+	b.InitialInterval, b.MaxInterval = 50*time.Millisecond, maxReconnect*2/3 // it adds up to a half
 	return b
 }

@@ -62,6 +62,7 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 	s.end()
 	r.hand.apart(s.orphans)
 	if s.stalled.Load() {
+		r.stalledAt.Store(since())
 		r.counts.unknown.Add(int64(len(s.orphans)))
 		r.hand.try(s.orphans)
 	} else {
@@ -160,6 +161,9 @@ func (s *session) serve(ctx context.Context, from source) {
 	for ctx.Err() == nil {
 		c, err := s.newChannel(window, false)
 		if err != nil {
+			if s.conn.IsClosed() { // why, watch says
+				_ = pause(ctx, quickly) // its end is what it waits for
+			}
 			s.fail(fmt.Errorf("open channel: %w", err))
 			return
 		}

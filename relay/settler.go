@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -109,16 +110,24 @@ func (s *settler) settleAll(ctx context.Context, confirmed []*message, refused [
 // the lane now, a confirmed message is done. Nothing waits for the disk: what a
 // crash forgets is published twice.
 func (s *settler) delete(ctx context.Context, confirmed []*message) error {
-	err := s.deleteAll(ctx, confirmed, s.sql.delete, s.sql.deleteParked)
-	var left map[int64]bool
-	var locked *pgconn.PgError
-	if errors.As(err, &locked) && locked != nil && locked.Code == "55P03" {
-		if err = s.deleteAll(ctx, confirmed, s.sql.deleteFree, s.sql.deleteParkedFree); err == nil {
-			left, err = s.left(ctx, confirmed, s.sql.left, s.sql.leftParked)
+	var fresh, parked []*message
+	for _, m := range confirmed {
+		if m.parked {
+			parked = append(parked, m)
+		} else {
+			fresh = append(fresh, m)
 		}
 	}
+	moved, locked, err := s.deleteFresh(ctx, fresh)
 	if err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
+	}
+	left, err := s.deleteParked(ctx, append(parked, moved...))
+	if err != nil {
+		return fmt.Errorf("delete confirmed messages: %w", err)
+	}
+	for _, m := range locked {
+		left[m.id] = true
 	}
 	for _, m := range confirmed {
 		if left[m.id] {
@@ -130,50 +139,58 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 	return nil
 }
 
-func (s *settler) deleteAll(ctx context.Context, confirmed []*message, fromOutbox, fromParked string) error {
-	var fresh, parked []*message
-	for _, m := range confirmed {
-		if m.parked {
-			parked = append(parked, m)
-		} else {
-			fresh = append(fresh, m)
-		}
-	}
-	gone, err := s.deleteFrom(ctx, fromOutbox, fresh)
-	if err == nil && gone < len(fresh) { // another owner of the lane has parked it
-		parked = append(parked, fresh...)
-	}
-	if err == nil {
-		_, err = s.deleteFrom(ctx, fromParked, parked)
-	}
-	return err
-}
-
-func (s *settler) deleteFrom(ctx context.Context, sql string, ms []*message) (gone int, err error) {
+// deleteFresh deletes messages from outbox. It returns those some of which another owner
+// of the lane has parked, and those that somebody has locked.
+func (s *settler) deleteFresh(ctx context.Context, ms []*message) (moved, locked []*message, err error) {
 	if len(ms) == 0 {
-		return 0, nil
+		return nil, nil, nil
 	}
 	ids, messageIDs := identities(ms)
-	return s.exec(ctx, sql, ids, messageIDs)
+	gone, err := s.exec(ctx, s.sql.delete, ids, messageIDs)
+	switch {
+	case isLocked(err) && len(ms) == 1:
+		return nil, ms, nil
+	case isLocked(err): // the locked ones are in one half or both
+		half := len(ms) / 2
+		moved, locked, err = s.deleteFresh(ctx, ms[:half])
+		if err == nil {
+			var more, moreLocked []*message
+			more, moreLocked, err = s.deleteFresh(ctx, ms[half:])
+			moved, locked = append(moved, more...), append(locked, moreLocked...)
+		}
+		return moved, locked, err
+	case err == nil && gone < len(ms):
+		moved = ms
+	}
+	return moved, nil, err
 }
 
-// left returns which of the messages are in one of the tables that are asked.
-func (s *settler) left(ctx context.Context, ms []*message, tables ...string) (map[int64]bool, error) {
+// deleteParked deletes messages from outbox_parked. It returns those that are left,
+// since somebody has locked them.
+func (s *settler) deleteParked(ctx context.Context, ms []*message) (left map[int64]bool, err error) {
+	left = make(map[int64]bool)
+	if len(ms) == 0 {
+		return left, nil
+	}
+	ids, messageIDs := identities(ms)
+	if gone, err := s.exec(ctx, s.sql.deleteParked, ids, messageIDs); err != nil || gone == len(ms) {
+		return left, err
+	}
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	left := make(map[int64]bool)
-	ids, messageIDs := identities(ms)
-	for _, sql := range tables {
-		rows, err := s.db.Query(ctx, sql, unplanned, ids, messageIDs)
-		if err != nil {
-			return nil, err
-		}
-		var id int64
-		if _, err := pgx.ForEachRow(rows, []any{&id}, func() error { left[id] = true; return nil }); err != nil {
-			return nil, err
-		}
+	rows, err := s.db.Query(ctx, s.sql.leftParked, unplanned, ids, messageIDs)
+	if err != nil {
+		return nil, err
 	}
-	return left, nil
+	var id int64
+	_, err = pgx.ForEachRow(rows, []any{&id}, func() error { left[id] = true; return nil })
+	return left, err
+}
+
+// isLocked says that a statement gave up, since somebody has locked a row.
+func isLocked(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && pgErr != nil && pgErr.Code == "55P03"
 }
 
 // identities returns ids and message IDs; pgx takes its time for uuid.UUIDs.
@@ -196,7 +213,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 			fresh = append(fresh, v)
 		}
 	}
-	left, err := s.parkFresh(ctx, fresh)
+	locked, err := s.parkFresh(ctx, fresh)
 	if err != nil {
 		return fmt.Errorf("park refused messages: %w", err)
 	}
@@ -206,10 +223,9 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 			return fmt.Errorf("park refused messages again: %w", err)
 		}
 	}
-	owned := s.leases.owned()
+	s.lockedRefused = append(s.lockedRefused, locked...)
 	for _, v := range refused {
-		if left[v.id] && owned[v.lane] == v.epoch {
-			s.lockedRefused = append(s.lockedRefused, v)
+		if slices.ContainsFunc(locked, func(l verdict) bool { return l.id == v.id }) {
 			continue
 		}
 		if v.reason == "dead" || died[v.id] {
@@ -220,20 +236,24 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 	return nil
 }
 
-// parkFresh returns which messages are still in outbox.
-func (s *settler) parkFresh(ctx context.Context, fresh []verdict) (left map[int64]bool, err error) {
+// parkFresh moves messages out of outbox. It returns those that somebody has locked.
+func (s *settler) parkFresh(ctx context.Context, fresh []verdict) (locked []verdict, err error) {
 	if len(fresh) == 0 {
 		return nil, nil
 	}
-	moved, err := s.exec(ctx, s.sql.park, s.arrays(fresh)...)
-	if err != nil || moved == len(fresh) {
-		return nil, err
+	_, err = s.exec(ctx, s.sql.park, s.arrays(fresh)...)
+	switch {
+	case isLocked(err) && len(fresh) == 1:
+		return fresh, nil
+	case isLocked(err):
+		half := len(fresh) / 2
+		var more []verdict
+		if locked, err = s.parkFresh(ctx, fresh[:half]); err == nil {
+			more, err = s.parkFresh(ctx, fresh[half:])
+		}
+		return append(locked, more...), err
 	}
-	ms := make([]*message, len(fresh))
-	for i, v := range fresh {
-		ms[i] = v.message
-	}
-	return s.left(ctx, ms, s.sql.left)
+	return nil, err
 }
 
 // parkAgain returns which messages are dead now.

@@ -14,10 +14,8 @@ type statements struct {
 	flushed              string
 	blocked, heads       string
 	delete, deleteParked string
-	// The same of rows that nobody has locked, and what is left of the rows.
-	deleteFree, deleteParkedFree string
-	left, leftParked             string
-	park, repark                 string
+	leftParked           string
+	park, repark         string
 }
 
 func newStatements(schema string) statements {
@@ -28,9 +26,6 @@ func newStatements(schema string) statements {
 		"{relay}", pgx.Identifier{schema, "outbox_relay"}.Sanitize(),
 		"{lane}", pgx.Identifier{schema, "outbox_lane"}.Sanitize(),
 	)
-	of := func(sql, table, lock string) string {
-		return replacer.Replace(strings.NewReplacer("{table}", table, "{lock}", lock).Replace(sql))
-	}
 	return statements{
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
 		drawn: replacer.Replace(drawnSQL),
@@ -38,13 +33,10 @@ func newStatements(schema string) statements {
 		pages: replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpans, 1)),
 		due:   replacer.Replace(dueSQL), flushed: flushedSQL,
 		blocked: replacer.Replace(blockedSQL), heads: replacer.Replace(headsSQL),
-		delete:           of(deleteSQL, "{outbox}", ""),
-		deleteParked:     of(deleteSQL, "{parked}", ""),
-		deleteFree:       of(deleteSQL, "{outbox}", "FOR UPDATE SKIP LOCKED"),
-		deleteParkedFree: of(deleteSQL, "{parked}", "FOR UPDATE SKIP LOCKED"),
-		left:             of(leftSQL, "{outbox}", ""),
-		leftParked:       of(leftSQL, "{parked}", ""),
-		park:             replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
+		delete:       replacer.Replace(strings.NewReplacer("{table}", "{outbox}", "{lock}", "").Replace(deleteSQL)),
+		deleteParked: replacer.Replace(strings.NewReplacer("{table}", "{parked}", "{lock}", "FOR UPDATE SKIP LOCKED").Replace(deleteSQL)),
+		leftParked:   replacer.Replace(leftParkedSQL),
+		park:         replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
 	}
 }
 
@@ -231,26 +223,30 @@ const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
 // flushes; that of one that only drew a transaction id does not.
 const emitSQL = `SELECT set_config('synchronous_commit', 'local', true), pg_logical_emit_message(true, 'txbox', '')`
 
+// What is written about messages does not wait long for a row that somebody has locked,
+// such as an operator who deletes it. In outbox_parked it passes over such rows; in
+// outbox, where nobody has a reason to, it gives up with 55P03: passing over would need
+// the right to UPDATE.
+const settings = `(SELECT set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', '200ms', true))`
+
 // deleteSQL removes confirmed messages from one of the two tables by primary key,
 // one look-up for each whatever the planner thinks of the table's size. Ids alone
-// do not do: after a fail-over they can be issued again. It does not wait long for a
-// row that somebody has locked, such as an operator who deletes it.
+// do not do: after a fail-over they can be issued again.
 const deleteSQL = `DELETE FROM {table} WHERE ctid = ANY(ARRAY(
 		SELECT o.ctid FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
 		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1 {lock}) AS o
-		WHERE o.message_id = c.message_id
-			AND (SELECT set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', '200ms', true)) IS NOT NULL))`
+		WHERE o.message_id = c.message_id AND ` + settings + ` IS NOT NULL))`
 
-// leftSQL returns which of the messages a table holds.
-const leftSQL = `SELECT c.id FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
-	WHERE (SELECT message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1) = c.message_id`
+// leftParkedSQL returns which of the messages are in outbox_parked.
+const leftParkedSQL = `SELECT c.id FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
+	WHERE (SELECT message_id FROM {parked} WHERE id = c.id ORDER BY id LIMIT 1) = c.message_id`
 
 // refusedRows is what parkSQL and reparkSQL share: the verdicts, one array per
 // column, of those messages whose lane is still ours. The lanes' rows are locked
 // by FOR SHARE: a test by EXISTS alone lets a write through that began before a
 // takeover committed.
 const refusedRows = `lanes AS MATERIALIZED (
-		SELECT l.lane FROM {lane} AS l, (SELECT set_config('synchronous_commit', 'off', true)) AS setting
+		SELECT l.lane FROM {lane} AS l, (SELECT ` + settings + `) AS settings
 		WHERE l.owner = $1 AND (l.lane, l.epoch) IN (SELECT * FROM unnest($2::smallint[], $3::bigint[]))
 		ORDER BY l.lane FOR SHARE OF l
 	), refused AS MATERIALIZED (
@@ -259,14 +255,9 @@ const refusedRows = `lanes AS MATERIALIZED (
 		WHERE r.lane IN (SELECT lane FROM lanes)
 	)`
 
-// parkSQL moves messages from outbox to outbox_parked, those that nobody has locked.
-const parkSQL = `WITH ` + refusedRows + `, free AS MATERIALIZED (
-		SELECT r.id, o.ctid FROM refused AS r CROSS JOIN LATERAL (
-			SELECT ctid, message_id FROM {outbox} WHERE id = r.id ORDER BY id LIMIT 1 FOR UPDATE SKIP LOCKED
-		) AS o WHERE o.message_id = r.message_id
-	), moved AS (
-		DELETE FROM {outbox} AS o USING refused AS r
-		WHERE o.id = r.id AND o.message_id = r.message_id AND o.ctid = ANY(ARRAY(SELECT ctid FROM free))
+// parkSQL moves messages from outbox to outbox_parked.
+const parkSQL = `WITH ` + refusedRows + `, moved AS (
+		DELETE FROM {outbox} AS o USING refused AS r WHERE o.id = r.id AND o.message_id = r.message_id
 		RETURNING o.*, r.reason, r.attempts, r.delay, r.last_error
 	)
 	INSERT INTO {parked} (id, reason, due_at, attempts, last_error,

@@ -22,6 +22,7 @@ type condition struct {
 	err   error
 	since time.Time // of the first failure in a row
 	said  time.Time // when a failure was logged last
+	text  string    // what was said then
 }
 
 // failsFor returns how long it has failed, 0 if it holds.
@@ -45,10 +46,10 @@ func (c *condition) set(err error) {
 	}
 	switch {
 	case began:
-		c.said = time.Now()
+		c.said, c.text = time.Now(), err.Error()
 		c.log.Warn("relay: "+c.what+" fails; trying again until it works", "error", err)
-	case err != nil && (time.Since(c.said) > remindEvery || err.Error() != before.Error() && time.Since(c.said) > reasonEvery):
-		c.said = time.Now()
+	case err != nil && (time.Since(c.said) > remindEvery || err.Error() != c.text && time.Since(c.said) > reasonEvery):
+		c.said, c.text = time.Now(), err.Error()
 		c.log.Warn("relay: "+c.what+" still fails", "error", err, "since", c.since)
 	case err == nil && before != nil:
 		c.log.Info("relay: " + c.what + " works")

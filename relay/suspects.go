@@ -7,9 +7,13 @@ import (
 	"time"
 )
 
-// suspectDelay bounds how long messages for a suspect are parked. When it takes messages
-// again they are read before their time.
-const suspectDelay = 5 * time.Minute
+// Messages for a suspect are parked the longer the more there are, lest reading them
+// again and again cost others their time. When it takes messages again they are read
+// before theirs.
+const (
+	suspectStep  = 50 * time.Millisecond
+	suspectDelay = 5 * time.Minute
+)
 
 // suspects are destinations that would harm others: exchanges that the broker
 // said are missing or closed to us, each message to which closes a channel, and
@@ -19,7 +23,7 @@ type suspects struct {
 	count   atomic.Int64 // so that what is confirmed need not lock
 	mu      sync.Mutex
 	byPlace map[place]*suspect
-	cleared []place // of which messages are parked, perhaps
+	cleared []recalled // of which messages are parked, perhaps
 }
 
 // place is a destination, or a whole exchange.
@@ -32,12 +36,19 @@ func placesOf(m *message) [2]place {
 	return [2]place{{destination{exchange: m.exchange}, true}, {m.destination, false}}
 }
 
+// recalled is a place that was cleared.
+type recalled struct {
+	place
+	at time.Time
+}
+
 type suspect struct {
 	failures int
 	why      string // in the broker's words
 	probe    *message
 	next     time.Time // of the next probe
 	chosenAt time.Time // when a message was last chosen to be it
+	waits    int       // verdicts without a try
 }
 
 // maxSuspects bounds the places that are remembered.
@@ -113,11 +124,12 @@ func (s *suspects) wait(m *message) (delay time.Duration, why string) {
 	if x == nil {
 		return backOff(0), "" // cleared meanwhile
 	}
+	x.waits++
 	if time.Since(x.chosenAt) > 2*maxProbe {
 		x.chosenAt = time.Now()
 		return backOff(0), x.why
 	}
-	return rand.N(suspectDelay), x.why
+	return rand.N(min(maxProbe+time.Duration(x.waits)*suspectStep, suspectDelay)), x.why
 }
 
 // forget ends the probe that m was, without a result.
@@ -145,14 +157,14 @@ func (s *suspects) clear(m *message) {
 	for _, p := range placesOf(m) {
 		if s.byPlace[p] != nil {
 			delete(s.byPlace, p)
-			s.cleared = append(s.cleared, p)
+			s.cleared = append(s.cleared, recalled{p, time.Now()})
 		}
 	}
 	s.count.Store(int64(len(s.byPlace)))
 }
 
 // takeCleared returns the places that were cleared since.
-func (s *suspects) takeCleared() []place {
+func (s *suspects) takeCleared() []recalled {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	cleared := s.cleared
