@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -85,6 +86,9 @@ func print(w io.Writer, results []Result) {
 		}
 		if len(rounds) > 0 {
 			fmt.Fprintf(w, "%-10s rounds: %s\n", "", strings.Join(rounds, "  "))
+		}
+		for _, peer := range slices.Sorted(maps.Keys(r.Peers)) {
+			fmt.Fprintf(w, "%-10s beside it: %s %s\n", "", peer, number(r.Peers[peer]))
 		}
 	}
 }

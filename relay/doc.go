@@ -73,8 +73,9 @@
 //
 // An exchange that is missing or forbidden closes a channel with each message, and
 // a queue that does not confirm holds up all that is on the connection. Such a place
-// is suspect: its messages are parked as retry, without an attempt, and one at a
-// time is tried alone, at growing intervals up to 5 s.
+// is suspect: its messages are parked as retry, without an attempt, and one of them is
+// tried alone, every few seconds. When that has its answer the others are read, before
+// they are due.
 //
 //	trusted -- the broker named it ------------------------------> suspect
 //	 ^ ^  |                                                         |  ^

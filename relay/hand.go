@@ -42,7 +42,7 @@ type hand struct {
 }
 
 const (
-	handRows  = 5000     // messages in the hand at most, a page more while it is read
+	handRows  = 5000     // messages in the hand: no more is read, but twice that while it starves; and a page
 	handBytes = 32 << 20 // of their payloads, likewise
 	pageRows  = 2000
 	pageBytes = 8 << 20
