@@ -172,3 +172,33 @@ func TestBlockedKeyDelaysNoOther(t *testing.T) {
 	b.eventuallyCount("outbox", 0)
 	b.eventuallyCount("outbox_parked", len(followers)+1)
 }
+
+// An operator deletes a parked message and takes his time to commit. Nobody else waits.
+func TestRowThatAnOperatorHasLockedHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	queue, declare := b.absent()
+	b.write(to(queue, b.messages(3, noKey))...)
+	b.start()
+	b.eventuallyCount("outbox_parked", 3)
+	ctx := testenv.Context(t)
+	operator, err := b.db.Begin(ctx)
+	b.must(err)
+	defer operator.Rollback(ctx)
+	_, err = operator.Exec(ctx, "DELETE FROM "+b.db.Table("outbox_parked")+" WHERE id = (SELECT min(id) FROM "+b.db.Table("outbox_parked")+")")
+	b.must(err)
+	msgs := b.messages(3000, noKey)
+	for i := range 6 {
+		b.write(msgs[500*i : 500*(i+1)]...)
+		b.must(pauseFor(t, 500*time.Millisecond)) // the locked one is due meanwhile
+	}
+	b.checkAll(b.drain(b.queue, len(msgs)), msgs, 0)
+	b.eventuallyCount("outbox", 0)
+	declare()
+	b.eventuallyCount("outbox_parked", 1) // confirmed, and not ours to delete
+	if got := b.drain(queue, 3); len(got) != 3 {
+		t.Errorf("%d deliveries of 3 messages", len(got))
+	}
+	b.must(operator.Commit(ctx))
+	b.eventuallyCount("outbox_parked", 0)
+}

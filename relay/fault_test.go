@@ -293,12 +293,15 @@ func TestRelayThatCannotReachTheBrokerLeavesItsLanesToOthers(t *testing.T) {
 	if _, after, ok := strings.Cut(good, "@"); ok {
 		b.amqpURL = "amqp://nobody:wrong@" + after
 	}
-	_, stopBad := b.start(brisk)
+	bad, stopBad := b.start(brisk)
 	b.amqpURL = good
 	msgs := b.messages(500, tenKeys)
 	for i := range 5 {
 		b.write(msgs[i*100 : (i+1)*100]...)
 		b.must(pauseFor(t, 500*time.Millisecond))
+		if n := bad.Stats().Lanes; n != 0 {
+			t.Errorf("it has %d lanes", n)
+		}
 	}
 	b.eventuallyCount("outbox", 0)
 	got := b.drain(b.queue, len(msgs))

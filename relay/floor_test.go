@@ -197,3 +197,67 @@ func pauseFor(t *testing.T, d time.Duration) error {
 	}
 	return ctx.Err()
 }
+
+// A row whose id did not come from the sequence, as after a restore, is published; those
+// that come after it in time, with lower ids, are not late for it.
+func TestIdAboveTheSequenceDelaysNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	got := b.deliveries()
+	far := b.messages(1, noKey)[0]
+	_, err := b.db.Exec(testenv.Context(t), `INSERT INTO `+b.db.Table("outbox")+` (id, message_id, exchange) VALUES ($1, $2, $3)`,
+		1_000_000, far.ID, far.Exchange)
+	b.must(err)
+	b.await(got, far, 5*time.Second)
+	for range 4 {
+		message := b.messages(1, noKey)[0]
+		b.write(message)
+		b.await(got, message, 2*time.Second)
+		b.must(pauseFor(t, 1200*time.Millisecond)) // longer than gaps are looked into
+	}
+}
+
+// A transaction that has drawn thousands of ids between those of others commits: what
+// is written then does not wait, nor did anything before.
+func TestLongTransactionWithManyIdsDelaysNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	got := b.deliveries()
+	ctx := testenv.Context(t)
+	const n = 5000
+	insert := `INSERT INTO ` + b.db.Table("outbox") + ` (id, message_id, exchange)
+		SELECT 2 * i + $1, gen_random_uuid(), $2 FROM generate_series(1, $3::int) AS i`
+	_, err := b.db.Exec(ctx, `SELECT setval('`+b.db.Table("outbox_id_seq")+`', $1)`, 2*n+1)
+	b.must(err)
+	long, err := b.db.Begin(ctx)
+	b.must(err)
+	defer long.Rollback(ctx)
+	_, err = long.Exec(ctx, insert, 0, b.queue, n)
+	b.must(err)
+	_, err = b.db.Exec(ctx, insert, 1, b.queue, n)
+	b.must(err)
+	for range n {
+		select {
+		case <-got:
+		case <-ctx.Done():
+			t.Fatal("those of the others do not come")
+		}
+	}
+	b.must(long.Commit(ctx))
+	after := b.messages(1, noKey)[0]
+	b.write(after)
+	for limit, seen := time.After(20*time.Second), 0; ; seen++ {
+		select {
+		case d := <-got:
+			if d.MessageId == after.ID.String() {
+				return
+			}
+		case <-limit:
+			t.Fatalf("what came after has not come, %d of %d before it have", seen, n)
+		}
+	}
+}

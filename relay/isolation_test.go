@@ -60,6 +60,45 @@ func TestSilentQueueHoldsUpItsOwnMessagesAlone(t *testing.T) {
 	b.eventuallyCount("outbox_parked", 0)
 }
 
+// Connections that are lost while a queue is silent are not the fault of its messages.
+func TestSilentQueueAndLostConnectionsLetNothingDie(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	direct, err := url.Parse(b.amqpURL)
+	b.must(err)
+	way := newGate(t, direct.Host)
+	b.amqpURL = way.url(*direct)
+	silent := testenv.Name(t)
+	b.declare(silent)
+	eval := func(function string) {
+		t.Helper()
+		_, err := broker.Ctl(testenv.Context(t), "eval", fmt.Sprintf("sys:%s('%%2F_%s').", function, silent))
+		b.must(err)
+	}
+	eval("suspend")
+	held, good := b.messages(3, noKey), b.messages(200, noKey)
+	for i := range held {
+		held[i].Exchange = silent
+	}
+	r, _ := b.start(brisk)
+	testenv.Eventually(t, 20*time.Second, "ready", func() bool { return r.Ready() == nil })
+	b.write(append(held, good[:20]...)...)
+	for range 3 {
+		b.must(pauseFor(t, 400*time.Millisecond))
+		way.shut()
+		way.open()
+	}
+	b.write(good[20:]...)
+	b.checkAll(b.drain(b.queue, len(good)), good, 4*inFlight)
+	b.eventuallyCount("outbox", 0)
+	if found := b.reasons(); found["retry"] != len(held) {
+		t.Errorf("parked: %v", found)
+	}
+	eval("resume")
+	b.checkAll(b.drain(silent, len(held)), held, 4*inFlight)
+}
+
 // A message the bytes of which make something on the way end the connection is
 // found by halves; its neighbours get through and spend no attempt.
 func TestMessageThatEndsConnectionsIsFoundAndItsNeighboursGetThrough(t *testing.T) {

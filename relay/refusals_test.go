@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	amqp "github.com/rabbitmq/amqp091-go"
+
 	"github.com/txbox/txbox/internal/testenv"
 	"github.com/txbox/txbox/relay"
 )
@@ -51,6 +53,30 @@ func TestLogTellsOnceWhichDestinationRefusesAndWhenItAcceptsAgain(t *testing.T) 
 	b.drain(queue, 50)
 	testenv.Eventually(t, 20*time.Second, "the log says so", func() bool { return log.lines("messages are accepted again") >= 1 })
 	if n := log.lines("messages are refused") + log.lines("messages are accepted again"); n != 2 {
+		t.Errorf("%d lines", n)
+	}
+}
+
+// A full queue refuses and accepts in turn, many times a second.
+func TestLogOfAQueueThatIsFullIsShort(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	full := testenv.Name(t)
+	_, err := b.ch.QueueDeclare(full, true, false, false, false, amqp.Table{"x-max-length": 3, "x-overflow": "reject-publish"})
+	b.must(err)
+	t.Cleanup(func() { b.ch.QueueDelete(full, false, false, false) })
+	log := &lockedBuffer{}
+	r, _ := b.start(func(cfg *relay.Config, _ *relay.RabbitMQConfig) { cfg.Logger = slog.New(slog.NewTextHandler(log, nil)) })
+	for range 30 {
+		b.write(to(full, b.messages(20, noKey))...)
+		b.must(pauseFor(t, 100*time.Millisecond))
+		_, err := b.ch.QueuePurge(full, false)
+		b.must(err)
+	}
+	if s := r.Stats(); s.Published < 10 || s.Refused < 10 {
+		t.Errorf("%+v: this test shows nothing", s)
+	}
+	if n := log.lines("refused") + log.lines("accepted"); n > 2 {
 		t.Errorf("%d lines", n)
 	}
 }
