@@ -54,6 +54,14 @@ func TestRowsThatASnapshotKeepsCostNothing(t *testing.T) {
 	if pages := page(planRows); pages > 500 {
 		t.Errorf("above the floor: read %d pages for nothing", pages)
 	}
+	var gaps []int64
+	for i := range int64(lateSpans) {
+		gaps = append(gaps, 1+i*planRows/2/lateSpans)
+	}
+	args := []any{pageBytes, pageRows, int64(-1), int64(planRows), []string(nil), pageRows, gaps, gaps}
+	if pages := p.pagesRead(p.sql.pages, args); pages > 500+20*lateSpans {
+		t.Errorf("in %d gaps: read %d pages for nothing", lateSpans, pages)
+	}
 	if pages := page(0); pages < planRows/200 {
 		t.Errorf("from the first id: read only %d pages, so this test shows nothing", pages)
 	}
