@@ -117,10 +117,14 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 		r.unknownAll(append(end.inFlight, end.unsent...))
 		return
 	}
-	if len(end.unsent) > 0 {
-		r.isolation.add(g.again(end.unsent, time.Second))
-	}
 	n := len(end.inFlight)
+	if len(end.unsent) > 0 {
+		wait := time.Second // nobody knows what ended the connection
+		if n > 0 {
+			wait = 0
+		}
+		r.isolation.add(g.again(end.unsent, wait))
+	}
 	switch {
 	case n == 0:
 	case end.stalled:
@@ -186,9 +190,8 @@ func (r *Relay) publishApart(ctx, hard context.Context, group []*message) apartE
 			back: func(ms []*message) { group = append(ms, group...) },
 		})
 	}
-	cause := context.Cause(ctx)
 	s.end()
-	return apartEnd{s.orphans, group, cause == nil || explained(cause), s.stalled.Load()}
+	return apartEnd{s.orphans, group, explained(context.Cause(ctx)), s.stalled.Load()} // the cause is known when all has ended
 }
 
 func (r *Relay) unknownAll(ms []*message) {

@@ -34,14 +34,14 @@ func (r *Relay) probe(ctx, hard context.Context) {
 			_ = pause(ctx, wait.NextBackOff())
 			notify(r.hand.probes)
 		}
-		cause := context.Cause(probeCtx)
 		s.end()
+		cause := context.Cause(probeCtx) // is known when all has ended
 		stop()
 		for _, m := range s.orphans {
 			if c != nil && m == c.overdue {
 				r.refuse(m, silent, "its destination does not answer")
 			} else {
-				r.unknownAll(r.isolation.died([]*message{m}, cause == nil || explained(cause), r.counts.published.Load()))
+				r.unknownAll(r.isolation.died([]*message{m}, explained(cause), r.counts.published.Load()))
 			}
 		}
 	}
