@@ -15,8 +15,7 @@ type route struct {
 }
 
 const (
-	quantum  = 32 // messages taken from a route at its turn
-	minShare = 4  // a destination has a quarter of the window at least
+	minShare = 4 // a destination has a quarter of the window at least
 	// slowAfter is more than a hand full of messages for one destination takes.
 	slowAfter = time.Second
 )
@@ -55,7 +54,7 @@ func (h *hand) take(limit int) (taken []*message) {
 		r := h.turn[0]
 		h.turn[0], h.turn = nil, h.turn[1:]
 		r.inTurn = false
-		n := max(0, min(quantum, len(r.ready), limit-len(taken), h.share()-r.inFlight))
+		n := max(0, min(len(r.ready), limit-len(taken), h.share()-r.inFlight))
 		for _, m := range r.ready[:n] {
 			r.bytes -= len(m.payload)
 			h.busy[m.lane]++
