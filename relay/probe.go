@@ -31,7 +31,7 @@ func (r *Relay) probe(ctx, hard context.Context) {
 			c.publish(probeCtx, source{take: r.hand.takeAlone, back: r.hand.retryAll})
 		} else {
 			s.fail(fmt.Errorf("open channel: %w", err))
-			_ = pause(ctx, wait.NextBackOff())
+			_ = pause(ctx, wait.NextBackOff()) // likewise
 			notify(r.hand.probes)
 		}
 		s.end()

@@ -1,12 +1,10 @@
 package relay
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math"
-	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -103,9 +101,6 @@ func (r *reader) run(ctx context.Context) {
 // the start it may have to pass over millions of dead rows that a snapshot keeps.
 func (r *reader) limit() time.Duration { return readTimeout << min(r.slow, 5) }
 
-// errGoneBack says that ids will be issued again that were seen.
-var errGoneBack = errors.New("the sequence has gone back: another server answers, or it was restored")
-
 // once does one round of reading and returns how many messages were new. After an
 // error nothing is known any more of what was there: another server may answer
 // from now on, which issues ids again that were seen. Not so if a statement was
@@ -163,116 +158,6 @@ func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error
 		return added, fmt.Errorf("read outbox_parked: %w", err)
 	}
 	return added, nil
-}
-
-// look says whether there may be something above the floor. While nothing has come for
-// a while it asks, at a fraction of the cost of a page, whether an id was drawn. Now and
-// then a page is read all the same: ids need not come from the sequence.
-func (r *reader) look(ctx context.Context) (drawn bool, err error) {
-	r.noParked = r.noParked && r.idling
-	if !r.idling || len(r.gaps.groups) > 0 || time.Since(r.readAt) >= dueEvery {
-		return true, nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
-	var last int64
-	var free, parked bool
-	if err := r.db.QueryRow(ctx, r.sql.drawn, unplanned).Scan(&last, &free, &parked); err != nil {
-		return false, err
-	}
-	if free {
-		notify(r.leases.look)
-	}
-	r.noParked = !parked
-	return last != r.floor, nil
-}
-
-// readNew reads what is above the floor or in a gap.
-func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error) {
-	if len(r.late) > 0 {
-		return r.readLate(ctx, ids)
-	}
-	r.readAt = time.Now()
-	p, err := r.readSpans(ctx, append(r.gaps.fresh(), span{r.floor + 1, math.MaxInt64}), ids)
-	if err == nil && p.drawn < r.floor {
-		err = errGoneBack
-	}
-	if err != nil {
-		return 0, err
-	}
-	if late := r.gaps.ended(p.running); len(late) > 0 {
-		// What was committed into these gaps comes before this page.
-		r.late, r.lateSeen = append(late, r.gaps.fresh()...), p.running
-		slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
-		if added, err = r.readLate(ctx, ids); err != nil || len(r.late) > 0 {
-			return added, err // the rest of them first
-		}
-	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor {
-		r.gaps.looked(p.running, time.Now())
-	}
-	added += r.hand.admit(p.messages)
-	r.gaps.fill(p.ids)
-	r.raise(p)
-	if p.cut {
-		added = max(added, 1)
-	}
-	return added, nil
-}
-
-// lateSpans is how many gaps are looked into at once.
-const lateSpans = 1000
-
-// readLate reads what is in the gaps that may have been filled, in the order of ids,
-// until that is done or the hand is full. A long transaction can leave tens of thousands.
-func (r *reader) readLate(ctx context.Context, ids []int16) (added int, err error) {
-	for len(r.late) > 0 && !r.hand.full() {
-		spans := r.late[:min(lateSpans, len(r.late))]
-		p, err := r.readSpans(ctx, spans, ids)
-		if err != nil {
-			return added, err
-		}
-		added += r.hand.admit(p.messages)
-		r.gaps.fill(p.ids)
-		if p.cut {
-			last := p.ids[len(p.ids)-1]
-			for len(r.late) > 0 && r.late[0].high <= last {
-				r.late = r.late[1:]
-			}
-			if len(r.late) > 0 {
-				r.late[0].low = max(r.late[0].low, last+1)
-			}
-		} else {
-			r.late = r.late[len(spans):]
-		}
-	}
-	if len(r.late) == 0 {
-		r.gaps.looked(r.lateSeen, time.Now())
-	}
-	return max(added, 1), nil
-}
-
-// raise moves the floor to the last id that a read has found; if there was none
-// above it, to the last that was drawn, lest each read pass over the same dead
-// rows. It never moves beyond that one: of ids that did not come from the sequence
-// those below are still to come.
-func (r *reader) raise(p page) {
-	var above []int64
-	for _, id := range p.ids {
-		if id > r.floor && id <= p.drawn {
-			above = append(above, id)
-		}
-	}
-	to := p.drawn
-	if p.cut && len(above) == 0 {
-		return
-	}
-	if p.cut || len(above) > 0 {
-		to = above[len(above)-1]
-	}
-	if to > r.floor {
-		r.gaps.add(between(span{r.floor + 1, to}, above), time.Now())
-		r.floor = to
-	}
 }
 
 // readPassedOver reads what was passed over of keys that have room again.
