@@ -131,3 +131,30 @@ func TestWhatWasPassedOverComesBeforeWhatIsNewer(t *testing.T) {
 		t.Errorf("%d readmitted, passed over from %d on", n, h.lines["k"].passed)
 	}
 }
+
+// Others wait for what is on trial: it goes first, and probes leave connections free.
+func TestTrialsGoBeforeProbesAndProbesLeaveThemRoom(t *testing.T) {
+	h := newHand()
+	for id := range int64(2 * probers) {
+		m := newMessage(id+1, "", "q")
+		m.alone = true
+		h.byID[m.id] = m
+		h.alone = append(h.alone, m)
+	}
+	trial := h.alone[probers]
+	trial.onTrial = true
+	if ms := h.takeAlone(1); len(ms) != 1 || ms[0] != trial {
+		t.Fatalf("taken first: %v", ms)
+	}
+	var taken []*message
+	for ms := h.takeAlone(1); len(ms) > 0; ms = h.takeAlone(1) {
+		taken = append(taken, ms...)
+	}
+	if len(taken) != probers/2 {
+		t.Errorf("%d probes at once, of %d connections", len(taken), probers)
+	}
+	h.confirm(taken[:1])
+	if ms := h.takeAlone(1); len(ms) != 1 {
+		t.Error("no probe follows one that has its answer")
+	}
+}

@@ -37,6 +37,7 @@ func (r *Relay) probe(ctx, hard context.Context) {
 		s.end()
 		cause := context.Cause(probeCtx) // is known when all has ended
 		stop()
+		r.hand.apart(s.orphans)
 		for _, m := range s.orphans {
 			if c != nil && m == c.overdue {
 				r.refuse(m, silent, "its destination does not answer")
