@@ -42,14 +42,19 @@ func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error
 		return r.readLate(ctx, ids)
 	}
 	r.readAt = time.Now()
-	p, err := r.readSpans(ctx, append(r.gaps.fresh(), span{r.floor + 1, math.MaxInt64}), ids)
+	spans := r.gaps.fresh()
+	many := len(first(spans)) < len(spans)
+	if many {
+		spans = nil
+	}
+	p, err := r.readSpans(ctx, append(spans, span{r.floor + 1, math.MaxInt64}), ids)
 	if err == nil && p.drawn < r.floor {
 		err = errGoneBack
 	}
 	if err != nil {
 		return 0, err
 	}
-	if late := r.gaps.ended(p.running); len(late) > 0 {
+	if late := r.gaps.ended(p.running); len(late) > 0 || many {
 		// What was committed into these gaps comes before this page.
 		r.late, r.lateSeen = append(late, r.gaps.fresh()...), p.running
 		slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
@@ -57,7 +62,7 @@ func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error
 			return added, err // the rest of them first
 		}
 	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor {
-		r.gaps.looked(p.running, time.Now())
+		r.gaps.looked(p.running, r.readAt)
 	}
 	added += r.hand.admit(p.messages)
 	r.gaps.fill(p.ids)
@@ -68,36 +73,51 @@ func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error
 	return added, nil
 }
 
-// lateSpans is how many gaps are looked into at once.
-const lateSpans = 1000
+// So many gaps are looked into at once, and not many more rows: a page at most of each.
+const (
+	lateSpans = 1000
+	lateRows  = 10 * pageRows
+)
 
 // readLate reads what is in the gaps that may have been filled, in the order of ids,
-// until that is done or the hand is full. A long transaction can leave tens of thousands.
+// until that is done or the hand is full. A long transaction can leave tens of thousands
+// of gaps, or large ones.
 func (r *reader) readLate(ctx context.Context, ids []int16) (added int, err error) {
 	for len(r.late) > 0 && !r.hand.full() {
-		spans := r.late[:min(lateSpans, len(r.late))]
+		spans := first(r.late)
 		p, err := r.readSpans(ctx, spans, ids)
 		if err != nil {
 			return added, err
 		}
 		added += r.hand.admit(p.messages)
 		r.gaps.fill(p.ids)
+		last := spans[len(spans)-1].high
 		if p.cut {
-			last := p.ids[len(p.ids)-1]
-			for len(r.late) > 0 && r.late[0].high <= last {
-				r.late = r.late[1:]
-			}
-			if len(r.late) > 0 {
-				r.late[0].low = max(r.late[0].low, last+1)
-			}
-		} else {
-			r.late = r.late[len(spans):]
+			last = p.ids[len(p.ids)-1]
+		}
+		for len(r.late) > 0 && r.late[0].high <= last {
+			r.late = r.late[1:]
+		}
+		if len(r.late) > 0 {
+			r.late[0].low = max(r.late[0].low, last+1)
 		}
 	}
 	if len(r.late) == 0 {
-		r.gaps.looked(r.lateSeen, time.Now())
+		r.gaps.looked(r.lateSeen, r.readAt)
 	}
 	return max(added, 1), nil
+}
+
+// first returns those of spans that are looked into at once.
+func first(spans []span) []span {
+	rows := int64(0)
+	for n, s := range spans {
+		if n == lateSpans || rows > lateRows {
+			return spans[:n]
+		}
+		rows += min(s.high-s.low+1, pageRows)
+	}
+	return spans
 }
 
 // raise moves the floor to the last id that a read has found; if there was none

@@ -84,6 +84,35 @@ func TestLateCommitGoesOutWhileOtherWritersStayOpen(t *testing.T) {
 	}
 }
 
+// Nobody else writes while a transaction is open: no snapshot lists it, since none
+// with a higher number has ended. What it wrote is found when it commits, and goes
+// out before what is written to the same key after that.
+func TestLateCommitOfALoneWriterGoesOutInOrder(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	conn := b.open()
+	const rounds, n = 3, 5
+	var want []outbox.Message
+	for round := range rounds {
+		msgs := b.messages(n+1, func(int) string { return fmt.Sprint("k", round) })
+		lone, err := conn.Begin(testenv.Context(t))
+		b.must(err)
+		for i := range n {
+			b.writeIn(lone, msgs[i])
+			b.must(pauseFor(t, 600*time.Millisecond))
+		}
+		b.must(lone.Commit(testenv.Context(t)))
+		b.write(msgs[n])
+		want = append(want, msgs...)
+		testenv.Eventually(t, 3*time.Second, "delivered", func() bool { return b.count("outbox") == 0 })
+	}
+	got := b.drain(b.queue, len(want))
+	b.checkAll(got, want, 0)
+	b.checkOrder(got, want)
+}
+
 // Each time a transaction writes the first message of a key and commits late, when
 // the relay has long read what was written after it. The second message of the key
 // follows at once: it must not be read alone.

@@ -23,15 +23,20 @@ type gapGroup struct {
 	spans   []span
 	since   time.Time
 	settled bool     // it is known who may fill them
-	fillers []uint64 // those, if settled, that still ran at the last look; sorted
+	fillers snapshot // those, if settled, that still ran at the last look
 }
 
 // span is the ids from low to high, both included.
 type span struct{ low, high int64 }
 
-// snapshot is what pg_current_snapshot() says of a statement: the transactions
-// in progress, sorted; what they write it cannot see.
-type snapshot []uint64
+// snapshot is the transactions in progress when a statement began; what they write it
+// cannot see. pg_current_snapshot() lists them only below the highest number that had
+// ended then, its xmax: from there on all that had a number were in progress.
+type snapshot struct {
+	listed []uint64 // sorted
+	xmax   uint64   // above those
+	next   uint64   // above all that had a number
+}
 
 // gapMoment is longer than a transaction takes from drawing an id to having a
 // number.
@@ -60,29 +65,29 @@ func (g *gaps) fresh() []span {
 func (g *gaps) ended(s snapshot) []span {
 	var all []span
 	for _, group := range g.groups {
-		if group.settled && len(s.running(group.fillers)) < len(group.fillers) {
+		if group.settled && s.running(group.fillers).size() < group.fillers.size() {
 			all = append(all, group.spans...)
 		}
 	}
 	return all
 }
 
-// looked records that a read with snapshot s has looked into what fresh and ended
-// returned. Gaps that nobody can fill any more are forgotten.
-func (g *gaps) looked(s snapshot, now time.Time) {
+// looked records that a read with snapshot s, which began then, has looked into what
+// fresh and ended returned. Gaps that nobody can fill any more are forgotten.
+func (g *gaps) looked(s snapshot, began time.Time) {
 	kept := g.groups[:0]
 	for _, group := range g.groups {
 		switch {
 		case group.settled:
 			group.fillers = s.running(group.fillers)
-		case now.Sub(group.since) >= gapMoment:
-			group.settled, group.fillers = true, slices.Clone(s)
+		case began.Sub(group.since) >= gapMoment:
+			group.settled, group.fillers = true, s
 		}
-		if group.settled && len(group.fillers) == 0 || len(group.spans) == 0 {
+		if group.settled && group.fillers.size() == 0 || len(group.spans) == 0 {
 			continue
 		}
 		same := slices.IndexFunc(kept, func(k gapGroup) bool {
-			return group.settled && k.settled && slices.Equal(k.fillers, group.fillers)
+			return group.settled && k.settled && k.fillers.equal(group.fillers)
 		})
 		if same >= 0 {
 			kept[same].spans = append(kept[same].spans, group.spans...)
@@ -136,13 +141,25 @@ func between(s span, found []int64) []span {
 	return parts
 }
 
-// running returns those of xids that are in progress in s.
-func (s snapshot) running(xids []uint64) []uint64 {
+// running returns those of the transactions in earlier that are in progress in s, too.
+func (s snapshot) running(earlier snapshot) snapshot {
 	var in []uint64
-	for _, xid := range xids {
-		if _, ok := slices.BinarySearch(s, xid); ok {
+	for _, xid := range earlier.listed {
+		if _, ok := slices.BinarySearch(s.listed, xid); ok {
 			in = append(in, xid)
 		}
 	}
-	return in
+	for _, xid := range s.listed {
+		if earlier.xmax <= xid && xid < earlier.next {
+			in = append(in, xid)
+		}
+	}
+	return snapshot{in, min(max(s.xmax, earlier.xmax), earlier.next), earlier.next}
+}
+
+// size is how many transactions s holds.
+func (s snapshot) size() int { return len(s.listed) + int(s.next-s.xmax) }
+
+func (s snapshot) equal(other snapshot) bool {
+	return s.size() == other.size() && slices.Equal(s.listed, other.listed) && (s.xmax == s.next || s.next == other.next)
 }

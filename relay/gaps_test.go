@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"maps"
 	"slices"
 	"testing"
 	"time"
@@ -46,25 +47,71 @@ func TestGapsLoseOnlyWhatWasFound(t *testing.T) {
 func TestGapIsLookedIntoOnlyWhileItCanBeFilled(t *testing.T) {
 	t.Parallel()
 	now := time.Now()
+	at := func(xids ...uint64) snapshot { return snapshot{listed: xids, xmax: 105, next: 105} }
 	g := gaps{}
 	g.add([]span{{5, 9}}, now)
-	g.looked(snapshot{100, 101}, now.Add(gapMoment/2))
+	g.looked(at(100, 101), now.Add(gapMoment/2))
 	if len(g.fresh()) != 1 {
 		t.Fatal("forgotten while a transaction may have drawn an id and has no number yet")
 	}
-	g.looked(snapshot{100, 102}, now.Add(gapMoment)) // 101 has ended, 102 came
-	if len(g.fresh()) != 0 || len(g.ended(snapshot{100, 102, 103})) != 0 {
+	g.looked(at(100, 102), now.Add(gapMoment)) // 101 has ended, 102 came
+	if len(g.fresh()) != 0 || len(g.ended(at(100, 102, 103))) != 0 {
 		t.Error("looked into while nothing can have changed")
 	}
-	if len(g.ended(snapshot{100, 103})) != 1 {
+	if len(g.ended(at(100, 103))) != 1 {
 		t.Error("not looked into after 102 has ended")
 	}
-	g.looked(snapshot{100, 103}, now.Add(2*gapMoment))
-	if len(g.ended(snapshot{100})) != 0 || len(g.ended(snapshot{104})) != 1 {
+	g.looked(at(100, 103), now.Add(2*gapMoment))
+	if len(g.ended(at(100))) != 0 || len(g.ended(at(104))) != 1 {
 		t.Error("waits for another transaction than 100")
 	}
-	g.looked(snapshot{104}, now.Add(3*gapMoment))
+	g.looked(at(104), now.Add(3*gapMoment))
 	if len(g.groups) != 0 {
 		t.Errorf("remembered after all have ended: %v", g.groups)
 	}
+}
+
+// Whatever a snapshot lists and leaves out, the transactions that may fill a gap are
+// those that were in progress, and still are.
+func TestSnapshotsTellWhoIsStillInProgress(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		inProgress, next, highest := make(map[uint64]bool), uint64(3), uint64(2)
+		var former snapshot // restricted to what was in progress at its time
+		fillers := make(map[uint64]bool)
+		for step := range rapid.IntRange(1, 40).Draw(t, "steps") {
+			if rapid.Bool().Draw(t, "begins") {
+				inProgress[next] = true
+				next++
+			}
+			for xid := range next {
+				if inProgress[xid] && rapid.IntRange(0, 3).Draw(t, "ends") == 0 {
+					delete(inProgress, xid)
+					delete(fillers, xid)
+					highest = max(highest, xid)
+				}
+			}
+			s := snapshot{xmax: highest + 1, next: next}
+			for xid := uint64(3); xid <= highest; xid++ {
+				if inProgress[xid] {
+					s.listed = append(s.listed, xid)
+				}
+			}
+			if step == 0 {
+				former, fillers = s, maps.Clone(inProgress)
+				continue
+			}
+			former = s.running(former)
+			held := make(map[uint64]bool)
+			for _, xid := range former.listed {
+				held[xid] = true
+			}
+			for xid := former.xmax; xid < former.next; xid++ {
+				held[xid] = true
+			}
+			if !maps.Equal(held, fillers) || former.size() != len(fillers) {
+				t.Fatalf("in progress %v, not %v", held, fillers)
+			}
+		}
+	})
 }

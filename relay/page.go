@@ -126,20 +126,18 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 	defer rows.Close()
 	for rows.Next() {
 		if rows.RawValues()[0] == nil { // the head
-			var running []int64
+			var age int32 // of the first transaction number, 3: how many came after it
 			if err := rows.Scan(nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil,
-				&p.durable, &p.position, &running, &p.drawn, &p.free); err != nil {
+				&p.durable, &p.position, &p.running.listed, &p.running.xmax, &age, &p.drawn, &p.free); err != nil {
 				return page{}, err
 			}
-			for _, xid := range running {
-				p.running = append(p.running, uint64(xid))
-			}
+			p.running.next = p.running.xmax + uint64(uint32(age)+3-uint32(p.running.xmax))
 			continue
 		}
 		m := &message{}
 		var mine bool
 		if err := rows.Scan(&m.id, &m.lane, (*[16]byte)(&m.messageID), &m.key, &m.exchange, &m.routingKey, &m.typ, &m.contentType,
-			(*headerText)(&m.headers), &m.payload, &m.createdAt, &m.attempts, &mine, &m.behind, nil, nil, nil, nil, nil); err != nil {
+			(*headerText)(&m.headers), &m.payload, &m.createdAt, &m.attempts, &mine, &m.behind, nil, nil, nil, nil, nil, nil, nil); err != nil {
 			return page{}, err
 		}
 		p.ids = append(p.ids, m.id)

@@ -41,7 +41,7 @@ type reader struct {
 	walkedAt time.Time // when
 	loaded   bool      // the last read found something
 	slow     int       // reads in a row that took too long
-	readAt   time.Time // when what is above the floor was last read
+	readAt   time.Time // when a read of what is above the floor last began
 	idling   bool      // nothing has come for a while
 	noParked bool      // nor was anything parked at the last look
 }

@@ -87,20 +87,22 @@ const releaseSQL = `WITH freed AS (
 // Pages are read by statements of one form, bounded by $1 bytes of payload, $2
 // rows and the lanes $3. One row, that without an id, says: whether the log was on
 // disk up to a position after every commit that the statement can see (it is read
-// after the snapshot was taken), that position, the transactions in progress, the
-// last id drawn, and whether somebody has left lanes to take. The rows are sorted by who reads them: PostgreSQL would copy
-// each for it.
+// after the snapshot was taken), that position, the transactions in progress (listed,
+// then those above xmax, up to the next number, which xid_age tells), the last id drawn,
+// and whether somebody has left lanes to take. The rows are sorted by who reads them:
+// PostgreSQL would copy each for it.
 const (
 	headSQL = `
 	SELECT NULL::bigint, NULL::smallint, NULL::uuid, NULL, NULL, NULL, NULL, NULL, NULL::jsonb, NULL::bytea,
 		NULL::timestamptz, NULL::int, NULL::boolean, NULL::boolean,
 		pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), pg_current_wal_insert_lsn()::text,
 		ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint),
+		pg_snapshot_xmax(pg_current_snapshot())::text::bigint, age('3'::xid),
 		(SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {sequence}),
 		EXISTS (SELECT FROM {lane} WHERE owner IS NULL)
 	UNION ALL
 	SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
-		created_at, attempts, mine, behind, NULL, NULL, NULL, NULL, NULL
+		created_at, attempts, mine, behind, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 	FROM page WHERE running - bytes < $1`
 	messageColumns = `id, lane, message_id, key, exchange, routing_key, type, content_type, headers`
 )
