@@ -3,112 +3,151 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/url"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
+const (
+	heldSteps = 9 // before what counts
+	heldStep  = 100_000
+)
+
 // held: messages come in steps while somebody's transaction keeps what the relay
-// deletes; the last step is held against the last of a clean run.
+// deletes. The steps that come after the first 900,000 messages are held against those
+// of a clean run, in turn; a snapshot keeps the dead rows of its own database alone.
 func held(ctx context.Context, b *bench) ([]Result, error) {
-	const steps, n = 10, 100_000
-	run := func(name string, hold func(*place) (func(), error), drain func(p *place, name, key string) ([]float64, error)) ([]float64, error) {
-		p, err := newPlace(ctx, b.databaseURL, b.amqpURL, "held")
-		if err != nil {
-			return nil, err
-		}
-		defer p.close(ctx)
-		key, err := p.fresh(ctx, name)
-		if err != nil {
-			return nil, err
-		}
-		release, err := hold(p)
-		if err != nil {
-			return nil, err
-		}
-		defer release()
-		rates, err := drain(p, name, key)
-		b.say("held, %s: %.0f/s in steps", name, rates)
-		return rates, err
-	}
-	ours := func(p *place, name, key string) ([]float64, error) { return p.steps(ctx, steps, n, name, key) }
-	clean, err := run("clean", func(*place) (func(), error) { return func() {}, nil }, ours)
+	clean, err := b.newHolding(ctx, "clean", pgx.ReadCommitted, "")
 	if err != nil {
 		return nil, err
 	}
-	var results []Result
-	for _, c := range []struct {
-		name   string
-		target float64
-		hold   func(*place) (func(), error)
-	}{
-		{"reader", 0.95, func(p *place) (func(), error) {
-			return p.open(ctx, pgx.RepeatableRead, "SELECT count(*) FROM "+p.table("outbox"))
-		}},
-		{"writer", 0.90, func(p *place) (func(), error) {
-			return p.open(ctx, pgx.ReadCommitted, "CREATE TABLE "+p.table("written")+" ()")
-		}},
-	} {
-		rates, err := run(c.name, c.hold, ours)
-		if err != nil {
-			return nil, err
-		}
-		var rounds []Round
-		for i := range rates {
-			rounds = append(rounds, Round{Value: rates[i], Limit: clean[i], Ratio: rates[i] / clean[i]})
-		}
-		last := rounds[steps-1]
-		result := sideBySide(c.name, "msg/s", c.target, rounds)
-		result.Value, result.Limit, result.Ratio, result.Met = last.Value, last.Limit, &last.Ratio, last.Ratio >= c.target
-		results = append(results, result)
-	}
-	naive, err := run("naive", func(p *place) (func(), error) {
-		return p.open(ctx, pgx.RepeatableRead, "SELECT count(*) FROM "+p.table("outbox"))
-	}, func(p *place, name, key string) ([]float64, error) { return p.naive(ctx, steps, n/10, name, key) })
+	defer clean.end(ctx)
+	reader, err := b.newHolding(ctx, "reader", pgx.RepeatableRead, "SELECT count(*) FROM bench_held.outbox")
 	if err != nil {
 		return nil, err
 	}
-	results[0].Peers = map[string]float64{"naive first step": naive[0], "naive last step": naive[steps-1]}
+	defer reader.end(ctx)
+	writer, err := b.newHolding(ctx, "writer", pgx.ReadCommitted, "CREATE TABLE bench_held.written ()")
+	if err != nil {
+		return nil, err
+	}
+	defer writer.end(ctx)
+	naive, err := b.newHolding(ctx, "naive", pgx.RepeatableRead, "SELECT count(*) FROM bench_held.outbox")
+	if err != nil {
+		return nil, err
+	}
+	defer naive.end(ctx)
+	var ofReader, ofWriter []Round
+	for step := range heldSteps + b.rounds {
+		limit, err := clean.step(ctx)
+		if err != nil {
+			return nil, err
+		}
+		read, err := reader.step(ctx)
+		if err != nil {
+			return nil, err
+		}
+		written, err := writer.step(ctx)
+		if err != nil {
+			return nil, err
+		}
+		b.say("held, step %d: clean %.0f/s, reader %.0f/s, writer %.0f/s", step+1, limit, read, written)
+		if step >= heldSteps {
+			ofReader = append(ofReader, Round{Value: read, Limit: limit, Ratio: read / limit})
+			ofWriter = append(ofWriter, Round{Value: written, Limit: limit, Ratio: written / limit})
+		}
+	}
+	rates, err := naive.naiveSteps(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b.say("held, naive: %.0f/s in steps", rates)
+	results := []Result{sideBySide("reader", "msg/s", 0.95, ofReader), sideBySide("writer", "msg/s", 0.90, ofWriter)}
+	results[0].Peers = map[string]float64{"naive first step": rates[0], "naive last step": rates[len(rates)-1]}
 	return results, nil
 }
 
-// open holds a transaction open that has run sql.
-func (p *place) open(ctx context.Context, level pgx.TxIsoLevel, sql string) (func(), error) {
-	tx, err := p.db.BeginTx(ctx, pgx.TxOptions{IsoLevel: level})
+// holding is a place in a database of its own in which a transaction stays open.
+type holding struct {
+	*place
+	admin     *pgxpool.Pool
+	database  string
+	key       string
+	tx        pgx.Tx
+	relay     *running
+	published int64
+}
+
+// newHolding makes one; the transaction has run sql, if that is given.
+func (b *bench) newHolding(ctx context.Context, name string, level pgx.TxIsoLevel, sql string) (*holding, error) {
+	h := &holding{database: "bench_held_" + name}
+	var err error
+	if h.admin, err = pgxpool.New(ctx, b.databaseURL); err != nil {
+		return nil, err
+	}
+	dbURL, err := url.Parse(b.databaseURL)
 	if err != nil {
 		return nil, err
 	}
-	_, err = tx.Exec(ctx, sql)
-	return func() { tx.Rollback(context.WithoutCancel(ctx)) }, err
-}
-
-// steps has one relay drain n messages that were committed at once, again and
-// again, and returns the rates. The queue is new each time: one that nobody consumes
-// grows slower with its length.
-func (p *place) steps(ctx context.Context, steps, n int, name, key string) ([]float64, error) {
-	r, err := p.relay(ctx)
-	if err != nil {
+	dbURL.Path = "/" + h.database
+	for _, statement := range []string{"DROP DATABASE IF EXISTS ", "CREATE DATABASE "} {
+		if _, err := h.admin.Exec(ctx, statement+h.database); err != nil {
+			return nil, err
+		}
+	}
+	if h.place, err = newPlace(ctx, dbURL.String(), b.amqpURL, "held"); err != nil {
 		return nil, err
 	}
-	var rates []float64
-	for i := range steps {
-		if err := errors.Join(p.queue(name), p.fill(ctx, n, 10_000, key)); err != nil {
-			return nil, errors.Join(err, r.end())
-		}
-		began := time.Now()
-		if err := p.drained(ctx, r, int64((i+1)*n)); err != nil {
-			return nil, errors.Join(err, r.end())
-		}
-		rates = append(rates, float64(n)/time.Since(began).Seconds())
+	if h.key, err = h.fresh(ctx, name); err != nil || sql == "" {
+		return h, err
 	}
-	return rates, r.end()
+	if h.tx, err = h.db.BeginTx(ctx, pgx.TxOptions{IsoLevel: level}); err != nil {
+		return nil, err
+	}
+	_, err = h.tx.Exec(ctx, sql)
+	return h, err
 }
 
-// naive is the relay that everybody writes first: it locks a page, publishes it,
-// awaits the confirms, deletes it and commits.
-func (p *place) naive(ctx context.Context, steps, n int, name, key string) ([]float64, error) {
-	ch, err := p.conn.Channel()
+// step has a relay drain what was committed at once, and returns the rate. The queue is
+// new each time: one that nobody consumes grows slower with its length.
+func (h *holding) step(ctx context.Context) (rate float64, err error) {
+	if h.relay == nil {
+		if h.relay, err = h.place.relay(ctx); err != nil {
+			return 0, err
+		}
+	}
+	if err := errors.Join(h.queue(h.name()), h.fill(ctx, heldStep, 10_000, h.key)); err != nil {
+		return 0, err
+	}
+	h.published += heldStep
+	began := time.Now()
+	err = h.drained(ctx, h.relay, h.published)
+	return heldStep / time.Since(began).Seconds(), err
+}
+
+func (h *holding) name() string { return h.key[len(h.exchange)+1:] }
+
+func (h *holding) end(ctx context.Context) {
+	ctx = context.WithoutCancel(ctx)
+	if h.relay != nil {
+		h.relay.end()
+	}
+	if h.tx != nil {
+		h.tx.Rollback(ctx)
+	}
+	h.close(ctx)
+	h.admin.Exec(ctx, "DROP DATABASE IF EXISTS "+h.database)
+	h.admin.Close()
+}
+
+// naiveSteps returns the rates of the relay that everybody writes first, in smaller steps: it
+// locks a page, publishes it, awaits the confirms, deletes it and commits.
+func (h *holding) naiveSteps(ctx context.Context) ([]float64, error) {
+	ch, err := h.conn.Channel()
 	if err != nil {
 		return nil, err
 	}
@@ -116,20 +155,21 @@ func (p *place) naive(ctx context.Context, steps, n int, name, key string) ([]fl
 	if err := ch.Confirm(false); err != nil {
 		return nil, err
 	}
+	const steps, n = 10, heldStep / 10
 	var rates []float64
 	for range steps {
-		if err := errors.Join(p.queue(name), p.fill(ctx, n, 10_000, key)); err != nil {
+		if err := errors.Join(h.queue(h.name()), h.fill(ctx, n, 10_000, h.key)); err != nil {
 			return nil, err
 		}
 		began := time.Now()
 		for left := n; left > 0; {
-			done, err := p.naivePage(ctx, ch)
+			done, err := h.naivePage(ctx, ch)
 			if err != nil || done == 0 {
-				return nil, errors.Join(err, errors.New("naive relay: nothing to do"))
+				return nil, errors.Join(err, fmt.Errorf("naive relay: %d messages left", left))
 			}
 			left -= done
 		}
-		rates = append(rates, float64(n)/time.Since(began).Seconds())
+		rates = append(rates, n/time.Since(began).Seconds())
 	}
 	return rates, nil
 }

@@ -128,15 +128,15 @@ func (c *channel) late(f flight) bool {
 	if at := c.relay.stalledAt.Load(); !c.prober && at != 0 && since()-at < int64(alertFor) {
 		limit = min(limit, silentAfter+doubtFor)
 	}
-	blocked, open := c.blockedSince()
-	return !blocked && since()-max(f.at, open) > int64(limit)
+	alarmed, open := c.alarmedSince()
+	return !alarmed && since()-max(f.at, open) > int64(limit)
 }
 
 // overtaken says that a message has had no answer for a while, and others that
 // were sent after it have.
 func (c *channel) overtaken(f flight) bool {
-	blocked, open := c.blockedSince()
-	return !c.prober && !blocked && since()-max(f.at, open) > int64(silentAfter) &&
+	alarmed, open := c.alarmedSince()
+	return !c.prober && !alarmed && since()-max(f.at, open) > int64(silentAfter) &&
 		(c.answeredTag > f.confirm.DeliveryTag || c.lastAnswered.Load() > f.at+int64(sentApart))
 }
 

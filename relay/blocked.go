@@ -27,7 +27,7 @@ func (h *hand) toLook(more []blockedKey) (keys []blockedKey) {
 	h.look = h.look[n:]
 	seen := make(map[string]bool, len(more))
 	for _, k := range more {
-		if l := h.lines[k.key]; (l == nil || l.held == 0) && !seen[k.key] {
+		if l := h.lines[k.key]; (l == nil || l.unsettled == 0) && !seen[k.key] {
 			seen[k.key] = true
 			keys = append(keys, k)
 		}
@@ -44,9 +44,10 @@ func (h *hand) lookAgain(keys []blockedKey) {
 // walk returns the next keys that have a message in outbox_parked: an operator may
 // have taken away what held them.
 func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err error) {
-	if r.noParked || time.Since(r.walkedAt) < walkEvery {
+	if r.noParked || time.Now().Before(r.walkAt) {
 		return nil, nil
 	}
+	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	perLane := max(1, lookKeys/len(ids))
@@ -67,7 +68,7 @@ func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err 
 			to = k.key // the other lanes go on from there too
 		}
 	}
-	r.walked, r.walkedAt = to, time.Now()
+	r.walked, r.walkAt = to, time.Now().Add(max(walkEvery, scanLoad*time.Since(began)))
 	return keys, rows.Err()
 }
 
@@ -93,7 +94,7 @@ func (r *reader) readBlocked(ctx context.Context, ids []int16) (added int, err e
 		laneIDs[i], names[i] = k.lane, k.key
 	}
 	perKey := max(1, lineRows/len(keys))
-	p, err := r.read(ctx, r.sql.heads, pageBytes, perKey, ids, laneIDs, names)
+	p, err := r.read(ctx, r.sql.heads, perKey, ids, laneIDs, names)
 	if err != nil {
 		r.hand.lookAgain(keys)
 		return 0, err

@@ -15,12 +15,12 @@ import (
 // as soon as the answer to the last has come.
 type channel struct {
 	*session
-	ch      *amqp.Channel
-	prober  bool // it publishes what is alone
-	window  int
-	pending []flight      // in flight, in the order of sending
-	closed  chan struct{} // closed when the channel is, after cause was set
-	cause   *amqp.Error   // nil: we closed it
+	ch       *amqp.Channel
+	prober   bool // it publishes what is alone
+	window   int
+	pending  []flight      // in flight, in the order of sending
+	closed   chan struct{} // closed when the channel is, after closeErr was set
+	closeErr *amqp.Error   // nil: we closed it
 
 	returns  chan amqp.Return
 	returned map[returnKey][]amqp.Return
@@ -82,7 +82,7 @@ func (s *session) newChannel(window int, prober bool) (*channel, error) {
 		returned: make(map[returnKey][]amqp.Return),
 	}
 	causes := ch.NotifyClose(make(chan *amqp.Error, 1))
-	s.watchers.Go(func() { c.cause = <-causes; close(c.closed) })
+	s.watchers.Go(func() { c.closeErr = <-causes; close(c.closed) })
 	return c, nil
 }
 
@@ -132,15 +132,6 @@ func (c *channel) publish(ctx context.Context, from source) {
 		}
 	}
 	c.settleOrphans()
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
 }
 
 // publishSome publishes what there is and has room. It returns false if there is no
@@ -205,7 +196,7 @@ func (c *channel) settleOrphans() {
 	}
 	<-c.closed
 	r := c.relay
-	if c.conn.IsClosed() || c.cause == nil {
+	if c.conn.IsClosed() || c.closeErr == nil {
 		c.lost(c.orphans)
 		return
 	}
@@ -214,11 +205,11 @@ func (c *channel) settleOrphans() {
 		why := c.names(m)
 		switch {
 		case why != 0:
-			r.refuse(m, why, c.cause.Error())
+			r.refuse(m, why, c.closeErr.Error())
 		case len(c.orphans) == 1 && c.isRefusal():
-			r.refuse(m, missing, c.cause.Error())
+			r.refuse(m, missing, c.closeErr.Error())
 		case len(c.orphans) == 1:
-			r.refuse(m, impossible, c.cause.Error())
+			r.refuse(m, impossible, c.closeErr.Error())
 		default:
 			m.alone = m.alone || !named
 			r.unknown(m)
@@ -229,7 +220,7 @@ func (c *channel) settleOrphans() {
 // isRefusal says that the broker closed the channel because there is no such
 // exchange, or because we may not write to it.
 func (c *channel) isRefusal() bool {
-	return c.cause.Code == amqp.NotFound || c.cause.Code == amqp.AccessRefused
+	return c.closeErr.Code == amqp.NotFound || c.closeErr.Code == amqp.AccessRefused
 }
 
 // names says for what the broker, when it closed the channel, named the exchange
@@ -244,9 +235,9 @@ func (c *channel) names(m *message) cause {
 	switch {
 	case !c.isRefusal():
 		return 0
-	case strings.Contains(c.cause.Reason, "access to "+topic):
+	case strings.Contains(c.closeErr.Reason, "access to "+topic):
 		return denied
-	case strings.Contains(c.cause.Reason, "no "+place), strings.Contains(c.cause.Reason, "access to "+place):
+	case strings.Contains(c.closeErr.Reason, "no "+place), strings.Contains(c.closeErr.Reason, "access to "+place):
 		return missing
 	}
 	return 0

@@ -26,8 +26,13 @@ func (r *reader) look(ctx context.Context) (drawn bool, err error) {
 	defer cancel()
 	var last int64
 	var free, parked bool
-	if err := r.db.QueryRow(ctx, r.sql.drawn, unplanned).Scan(&last, &free, &parked); err != nil {
+	asked := time.Now()
+	ask := !asked.Before(r.parkedAt)
+	if err := r.db.QueryRow(ctx, r.sql.drawn, unplanned, ask).Scan(&last, &free, &parked); err != nil {
 		return false, err
+	}
+	if took := time.Since(asked); ask && took > slowLook {
+		r.parkedAt = asked.Add(scanLoad * took)
 	}
 	if free {
 		notify(r.leases.look)

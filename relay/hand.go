@@ -27,8 +27,8 @@ type hand struct {
 	inFlight  int
 	refusing  int        // verdicts not settled
 	probing   int        // messages taken alone, other than those on trial
-	held      [lanes]int // messages not settled
-	busy      [lanes]int // of those, messages taken
+	unsettled [lanes]int // messages
+	taken     [lanes]int // of those, messages
 	alone     []*message
 	confirmed []*message
 	refused   []verdict
@@ -109,13 +109,13 @@ func (h *hand) admitAll(page []*message) (added int) {
 				h.passed[l] = true
 				continue
 			}
-			if l.held == 0 {
+			if l.unsettled == 0 {
 				l.blocked = l.blocked || m.behind
 			}
-			l.held++
+			l.unsettled++
 		}
 		h.byID[m.id] = m
-		h.held[m.lane]++
+		h.unsettled[m.lane]++
 		h.bytes += len(m.payload)
 		added++
 		switch {
@@ -124,7 +124,7 @@ func (h *hand) admitAll(page []*message) (added int) {
 		case l != nil && l.busy:
 			h.wait(l, m)
 		case starving && h.isSlow(h.routes[m.destination]):
-			h.busy[m.lane]++
+			h.taken[m.lane]++
 			h.refuseOne(verdict{message: m, reason: "retry", delay: rand.N(slowDelay), lastError: "its destination confirms slowly"})
 			notify(h.settle)
 		default:
@@ -145,9 +145,9 @@ func (h *hand) readEnded() {
 	defer h.mu.Unlock()
 	for _, id := range h.gone {
 		if m := h.byID[id]; m.key != "" {
-			if l := h.lines[m.key]; l != nil && l.held == 0 {
+			if l := h.lines[m.key]; l != nil && l.unsettled == 0 {
 				l.blocked = false // the table says so from now on
-				h.leave(l)
+				h.emptied(l)
 			}
 		}
 		delete(h.byID, id)
@@ -159,8 +159,8 @@ func (h *hand) readEnded() {
 func (h *hand) drop(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.busy[m.lane]--
-	h.release(m)
+	h.taken[m.lane]--
+	h.freePlace(m)
 	h.endTrial(m)
 	h.next(m)
 	h.forget(m)
@@ -168,16 +168,16 @@ func (h *hand) drop(m *message) {
 
 func (h *hand) forget(m *message) {
 	delete(h.byID, m.id)
-	h.left(m)
+	h.uncount(m)
 }
 
-// left counts a message that has been settled, or forgotten.
-func (h *hand) left(m *message) {
-	h.held[m.lane]--
+// uncount counts out a message that has been settled, or forgotten.
+func (h *hand) uncount(m *message) {
+	h.unsettled[m.lane]--
 	h.bytes -= len(m.payload)
 	if l := h.lines[m.key]; l != nil && m.key != "" {
-		if l.held--; l.held == 0 {
-			h.leave(l)
+		if l.unsettled--; l.unsettled == 0 {
+			h.emptied(l)
 		}
 	}
 	notify(h.space)
@@ -189,7 +189,7 @@ func (h *hand) confirm(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range ms {
-		h.release(m)
+		h.freePlace(m)
 		h.endTrial(m)
 		h.next(m)
 		h.bytes -= len(m.payload)
@@ -208,7 +208,7 @@ func (h *hand) refuse(v verdict) {
 }
 
 func (h *hand) refuseOne(v verdict) {
-	h.release(v.message)
+	h.freePlace(v.message)
 	h.endTrial(v.message)
 	h.verdict(v)
 	l := h.lines[v.key]
@@ -230,7 +230,7 @@ func (h *hand) refuseOne(v verdict) {
 
 // block parks a message behind the head of its key.
 func (h *hand) block(m *message) {
-	h.busy[m.lane]++
+	h.taken[m.lane]++
 	h.verdict(verdict{message: m, reason: "blocked"})
 	notify(h.settle)
 }
@@ -248,8 +248,8 @@ func (h *hand) retryAll(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range ms {
-		h.busy[m.lane]--
-		h.release(m)
+		h.taken[m.lane]--
+		h.freePlace(m)
 		if m.alone {
 			h.alone = append(h.alone, m)
 			notify(h.probes)
@@ -275,7 +275,7 @@ func (h *hand) takeAlone(int) []*message {
 	}
 	m := h.alone[i]
 	h.alone = slices.Delete(h.alone, i, i+1)
-	h.busy[m.lane]++
+	h.taken[m.lane]++
 	if len(h.alone) > 0 {
 		notify(h.probes)
 	}
@@ -307,11 +307,11 @@ func (h *hand) muchToSettle() bool {
 func (h *hand) settled(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.busy[m.lane]--
+	h.taken[m.lane]--
 	if m.refused {
 		h.refusing--
 	}
-	h.left(m)
+	h.uncount(m)
 	h.gone = append(h.gone, m.id)
 }
 
@@ -326,14 +326,14 @@ func (h *hand) quiet() bool {
 func (h *hand) idle(lane int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.busy[lane] == 0
+	return h.taken[lane] == 0
 }
 
 // empty says that nothing of a lane is in the hand.
 func (h *hand) empty(lane int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.held[lane] == 0
+	return h.unsettled[lane] == 0
 }
 
 // parkedIDs returns the ids of all messages in the hand that were parked.
@@ -347,12 +347,4 @@ func (h *hand) parkedIDs() []int64 {
 		}
 	}
 	return ids
-}
-
-// notify makes a channel of capacity one readable, if it is not.
-func notify(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
 }

@@ -111,19 +111,23 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 // next. One message that does so time and again is dead, once others have got
 // through meanwhile: until then it may be the broker.
 func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
-	alone := len(g.messages) == 1
-	end := r.publishApart(ctx, hard, g.messages)
-	if ctx.Err() != nil {
-		r.unknownAll(append(end.inFlight, end.unsent...))
-		return
-	}
+	unsent := g.messages
+	end, err := r.publishApart(ctx, hard, len(unsent), false, source{
+		take: func(limit int) []*message {
+			n := min(limit, len(unsent))
+			taken := unsent[:n]
+			unsent = unsent[n:]
+			return taken
+		},
+		back: func(ms []*message) { unsent = append(ms, unsent...) },
+	})
 	n := len(end.inFlight)
-	if len(end.unsent) > 0 {
-		wait := time.Second // nobody knows what ended the connection
-		if n > 0 {
+	if len(unsent) > 0 {
+		wait := time.Second // nobody knows what ended the connection, or kept us from it
+		if err == nil && n > 0 {
 			wait = 0
 		}
-		r.isolation.add(g.again(end.unsent, wait))
+		r.isolation.add(g.again(unsent, wait))
 	}
 	switch {
 	case n == 0:
@@ -135,6 +139,7 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	case n > 1:
 		r.isolation.add(g.again(end.inFlight[:n/2], 0), g.again(end.inFlight[n/2:], 0))
 	default:
+		alone := len(g.messages) == 1
 		g = g.again(end.inFlight, 0)
 		if alone {
 			g.alone++
@@ -155,43 +160,6 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 func (g group) again(messages []*message, pause time.Duration) group {
 	g.messages, g.after = messages, time.Now().Add(pause)
 	return g
-}
-
-// apartEnd is how publishing a group apart has ended.
-type apartEnd struct {
-	inFlight  []*message // at the end of the connection
-	unsent    []*message
-	explained bool // no message caused the end
-	stalled   bool // the end was ours, since answers ceased to come
-}
-
-// publishApart publishes a group on a connection of its own.
-func (r *Relay) publishApart(ctx, hard context.Context, group []*message) apartEnd {
-	wait := newBackOff()
-	conn, err := r.pub.connect(ctx)
-	for err != nil {
-		if pause(ctx, wait.NextBackOff()) != nil {
-			return apartEnd{unsent: group}
-		}
-		conn, err = r.pub.connect(ctx)
-	}
-	ctx, s := r.newSession(ctx, conn)
-	stop := context.AfterFunc(hard, func() { s.fail(errStopped); conn.Cut() })
-	defer stop()
-	c, err := s.newChannel(len(group), false)
-	if err == nil {
-		c.publish(ctx, source{
-			take: func(limit int) []*message {
-				n := min(limit, len(group))
-				taken := group[:n]
-				group = group[n:]
-				return taken
-			},
-			back: func(ms []*message) { group = append(ms, group...) },
-		})
-	}
-	s.end()
-	return apartEnd{s.orphans, group, explained(context.Cause(ctx)), s.stalled.Load()} // the cause is known when all has ended
 }
 
 func (r *Relay) unknownAll(ms []*message) {

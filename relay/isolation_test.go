@@ -60,6 +60,44 @@ func TestSilentQueueHoldsUpItsOwnMessagesAlone(t *testing.T) {
 	b.eventuallyCount("outbox_parked", 0)
 }
 
+// Most queues are silent, from the start: the others' messages go out all the same.
+func TestManySilentQueuesHoldUpTheirOwnMessagesAlone(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	const queues = 12
+	var silent []string
+	var suspend strings.Builder
+	for range queues {
+		name := testenv.Name(t)
+		b.declare(name)
+		silent = append(silent, name)
+		fmt.Fprintf(&suspend, "sys:suspend('%%2F_%s'), ", name)
+	}
+	_, err := broker.Ctl(testenv.Context(t), "eval", suspend.String()+"ok.")
+	b.must(err)
+	all := b.messages(queues*200, noKey)
+	var good, held []outbox.Message
+	for i := range all {
+		if i%(queues+1) < queues {
+			all[i].Exchange = silent[i%(queues+1)]
+			held = append(held, all[i])
+		} else {
+			good = append(good, all[i])
+		}
+	}
+	b.write(all...)
+	b.start()
+	b.checkAll(b.drain(b.queue, len(good)), good, 4*inFlight)
+	b.eventuallyCount("outbox", 0)
+	if found := b.reasons(); found["retry"] != len(held) {
+		t.Errorf("parked: %v", found)
+	}
+	_, err = broker.Ctl(testenv.Context(t), "eval", strings.ReplaceAll(suspend.String(), "suspend", "resume")+"ok.")
+	b.must(err)
+	b.eventuallyCount("outbox_parked", 0)
+}
+
 // Connections that are lost while a queue is silent are not the fault of its messages.
 func TestSilentQueueAndLostConnectionsLetNothingDie(t *testing.T) {
 	t.Parallel()

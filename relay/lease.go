@@ -38,11 +38,6 @@ type leases struct {
 	draining [lanes]bool  // not published from any more, to be released
 }
 
-// began is where our monotonic clock starts.
-var began = time.Now()
-
-func since() int64 { return int64(time.Since(began)) }
-
 // round is how often the lanes are looked at; a dead relay's lanes are taken
 // within this time of the end of its lease.
 const round = time.Second

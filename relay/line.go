@@ -8,7 +8,7 @@ type line struct {
 	lane       int16
 	key        string
 	busy       bool // one is ready or in flight
-	held       int  // messages in the hand, not settled
+	unsettled  int  // messages in the hand
 	blocked    bool
 	headParked bool // its head waits for a time or a human, so there is no need to look
 	waiting    []*message
@@ -72,9 +72,9 @@ func (h *hand) next(m *message) {
 	}
 }
 
-// leave forgets a line of which nothing is in the hand, unless something was
+// emptied forgets a line of which nothing is in the hand, unless something was
 // passed over. A blocked one stays until readEnded.
-func (h *hand) leave(l *line) {
+func (h *hand) emptied(l *line) {
 	switch {
 	case l.blocked:
 		if !l.headParked {
@@ -119,10 +119,7 @@ func (h *hand) readmit(lines []*line, page []*message, to int64) (added int) {
 			l.passed = to + 1
 		}
 		if l.passed == 0 {
-			delete(h.passed, l)
-			if l.held == 0 && !l.blocked {
-				h.leave(l)
-			}
+			h.endPassing(l)
 		}
 	}
 	return added
@@ -135,11 +132,16 @@ func (h *hand) forgetPassed(want func(lane int16) bool) {
 	defer h.mu.Unlock()
 	for l := range h.passed {
 		if want(l.lane) {
-			l.passed = 0
-			delete(h.passed, l)
-			if l.held == 0 && !l.blocked {
-				h.leave(l)
-			}
+			h.endPassing(l)
 		}
+	}
+}
+
+// endPassing records that nothing of a line was passed over.
+func (h *hand) endPassing(l *line) {
+	l.passed = 0
+	delete(h.passed, l)
+	if l.unsettled == 0 && !l.blocked {
+		h.emptied(l)
 	}
 }

@@ -40,14 +40,18 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 	if last := len(spans) - 1; last >= 0 && spans[last].high == math.MaxInt64 {
 		from, spans = spans[last].low, spans[:last]
 	}
+	asked, eachKey := time.Now(), time.Now().Before(r.eachKey)
 	if len(spans) == 0 {
-		p, err = r.read(ctx, r.sql.page, pageBytes, pageRows, ids, from, keys, most)
+		p, err = r.read(ctx, r.sql.page, pageRows, ids, from, keys, most, eachKey)
 	} else {
 		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
 		for i, s := range spans {
 			lows[i], highs[i] = s.low, s.high
 		}
-		p, err = r.read(ctx, r.sql.pages, pageBytes, pageRows, ids, from, keys, most, lows, highs)
+		p, err = r.read(ctx, r.sql.pages, pageRows, ids, from, keys, most, eachKey, lows, highs)
+	}
+	if time.Since(asked) > slowLook {
+		r.eachKey = asked.Add(scanLoad * time.Since(asked))
 	}
 	p.cut = p.cut || len(p.ids) >= pageRows || len(p.ids)-len(p.rest) >= most
 	return p, err
@@ -56,10 +60,10 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 // read returns a page whose rows are on disk, of lanes that are still ours under
 // the same epoch. Rows are visible before they are durable if their producer uses
 // synchronous_commit=off: a server that crashes then has never heard of them.
-func (r *reader) read(ctx context.Context, sql string, bytes, rows int, ids []int16, args ...any) (p page, err error) {
+func (r *reader) read(ctx context.Context, sql string, rows int, ids []int16, args ...any) (p page, err error) {
 	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()
-	args = append([]any{unplanned, bytes, rows, laneSet(ids)}, args...)
+	args = append([]any{unplanned, pageBytes, rows, laneSet(ids)}, args...)
 	if !r.loaded {
 		p, err = query(ctx, r.db, sql, args)
 	}
@@ -79,7 +83,7 @@ func (r *reader) read(ctx context.Context, sql string, bytes, rows int, ids []in
 			mine = append(mine, m)
 		}
 	}
-	p.messages, p.cut = mine, size >= bytes
+	p.messages, p.cut = mine, size >= pageBytes
 	return p, nil
 }
 
@@ -161,16 +165,4 @@ func laneSet(ids []int16) (set int64) {
 		set |= 1 << id
 	}
 	return set
-}
-
-// pause waits, or returns why ctx ended.
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	}
 }

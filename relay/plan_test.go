@@ -49,7 +49,7 @@ func TestRowsThatASnapshotKeepsCostNothing(t *testing.T) {
 	defer p.holdSnapshot()()
 	p.exec(`DELETE FROM ` + p.outbox)
 	page := func(after int64) int {
-		return p.pagesRead(p.sql.page, []any{pageBytes, pageRows, int64(-1), after + 1, []string(nil), pageRows})
+		return p.pagesRead(p.sql.page, []any{pageBytes, pageRows, int64(-1), after + 1, []string(nil), pageRows, false})
 	}
 	if pages := page(planRows); pages > 500 {
 		t.Errorf("above the floor: read %d pages for nothing", pages)
@@ -58,12 +58,39 @@ func TestRowsThatASnapshotKeepsCostNothing(t *testing.T) {
 	for i := range int64(lateSpans) {
 		gaps = append(gaps, 1+i*planRows/2/lateSpans)
 	}
-	args := []any{pageBytes, pageRows, int64(-1), int64(planRows), []string(nil), pageRows, gaps, gaps}
+	args := []any{pageBytes, pageRows, int64(-1), int64(planRows), []string(nil), pageRows, false, gaps, gaps}
 	if pages := p.pagesRead(p.sql.pages, args); pages > 500+20*lateSpans {
 		t.Errorf("in %d gaps: read %d pages for nothing", lateSpans, pages)
 	}
 	if pages := page(0); pages < planRows/200 {
 		t.Errorf("from the first id: read only %d pages, so this test shows nothing", pages)
+	}
+}
+
+// Parked messages that were sent are passed over by a look now and then, not by each.
+func TestParkedRowsThatASnapshotKeepsCostLittle(t *testing.T) {
+	t.Parallel()
+	p := newPlanner(t)
+	p.exec(`INSERT INTO `+p.parked+` (message_id, key, routing_key, reason, due_at)
+		SELECT gen_random_uuid(), i % 10000, 'q', 'retry', now() - interval '1 hour' FROM generate_series(1, $1::int) AS i`, planRows/5)
+	p.exec(`INSERT INTO ` + p.outbox + ` (message_id, key, routing_key) SELECT gen_random_uuid(), i + 10000, 'q' FROM generate_series(1, 100) AS i`)
+	defer p.holdSnapshot()()
+	p.exec(`DELETE FROM ` + p.parked)
+	for _, c := range []struct {
+		name          string
+		sql           string
+		seldom, often []any
+	}{
+		{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil},
+			[]any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, dueLately.Seconds()}},
+		{"look", p.sql.drawn, []any{true}, []any{false}},
+		{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, false},
+			[]any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, true}},
+	} {
+		seldom, often := p.pagesRead(c.sql, c.seldom), p.pagesRead(c.sql, c.often)
+		if often > 500+20*100 || seldom < 10*often {
+			t.Errorf("%s: reads %d pages instead of %d", c.name, often, seldom)
+		}
 	}
 }
 
@@ -79,9 +106,9 @@ func TestMillionScheduledMessagesCostNothing(t *testing.T) {
 			sql  string
 			args []any
 		}{
-			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil}},
-			{"look", p.sql.drawn, nil},
-			{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows}},
+			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil}},
+			{"look", p.sql.drawn, []any{true}},
+			{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, false}},
 		} {
 			if pages := p.pagesRead(c.sql, c.args); pages > 5*lanes {
 				t.Errorf("%s, %s: read %d pages for nothing", c.name, when, pages)
@@ -156,14 +183,14 @@ func (p *planner) checkAll(when string) {
 		sql  string
 		args []any
 	}{
-		{"page at the start", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(1), noKeys, pageRows}},
-		{"page in the middle", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows / 2), noKeys, pageRows}},
-		{"page at the end", 10, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows - 9), noKeys, pageRows}},
-		{"page of foreign lanes", 0, p.sql.page, []any{pageBytes, pageRows, int64(0), int64(planRows / 2), noKeys, pageRows}},
-		{"gaps", 600, p.sql.pages, []any{pageBytes, pageRows, everything, int64(planRows - 9), noKeys, pageRows, lows, highs}},
-		{"scan", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, noKeys, pageRows, []int64{1}, []int64{planRows}}},
-		{"what was passed over", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, []string{"77"}, lineRows, []int64{planRows / 2}, []int64{planRows}}},
-		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}, 0.0, nil, nil}},
+		{"page at the start", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(1), noKeys, pageRows, false}},
+		{"page in the middle", pageRows, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows / 2), noKeys, pageRows, false}},
+		{"page at the end", 10, p.sql.page, []any{pageBytes, pageRows, everything, int64(planRows - 9), noKeys, pageRows, true}},
+		{"page of foreign lanes", 0, p.sql.page, []any{pageBytes, pageRows, int64(0), int64(planRows / 2), noKeys, pageRows, false}},
+		{"gaps", 600, p.sql.pages, []any{pageBytes, pageRows, everything, int64(planRows - 9), noKeys, pageRows, false, lows, highs}},
+		{"scan", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, noKeys, pageRows, false, []int64{1}, []int64{planRows}}},
+		{"what was passed over", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, []string{"77"}, lineRows, true, []int64{planRows / 2}, []int64{planRows}}},
+		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}, 0.0, nil, nil, nil}},
 		{"blocked keys", 101, p.sql.blocked, []any{all, "", 15}},
 		{"heads", 101, p.sql.heads, []any{pageBytes, 1, everything, blockedLanes, blockedKeys}},
 		{"delete", settleRows, p.sql.delete, []any{ids, messageIDs}},

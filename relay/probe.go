@@ -1,9 +1,6 @@
 package relay
 
-import (
-	"context"
-	"fmt"
-)
+import "context"
 
 // probe publishes what is to be published alone, until ctx ends: the probes of
 // suspects, what is on trial, and what may have closed a channel. Each time it does
@@ -17,32 +14,18 @@ func (r *Relay) probe(ctx, hard context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		conn, err := r.pub.connect(ctx)
+		end, err := r.publishApart(ctx, hard, 1, true, source{take: r.hand.takeAlone, back: r.hand.retryAll})
 		if err != nil { // the other connection's condition tells
 			_ = pause(ctx, wait.NextBackOff()) // its end is seen next time
 			notify(r.hand.probes)
 			continue
 		}
-		probeCtx, s := r.newSession(ctx, conn)
-		stop := context.AfterFunc(hard, func() { s.fail(errStopped); conn.Cut() })
-		c, err := s.newChannel(1, true)
-		if err == nil {
-			wait.Reset()
-			c.publish(probeCtx, source{take: r.hand.takeAlone, back: r.hand.retryAll})
-		} else {
-			s.fail(fmt.Errorf("open channel: %w", err))
-			_ = pause(ctx, wait.NextBackOff()) // likewise
-			notify(r.hand.probes)
-		}
-		s.end()
-		cause := context.Cause(probeCtx) // is known when all has ended
-		stop()
-		r.hand.apart(s.orphans)
-		for _, m := range s.orphans {
-			if c != nil && m == c.overdue {
+		wait.Reset()
+		for _, m := range end.inFlight {
+			if m == end.overdue {
 				r.refuse(m, silent, "its destination does not answer")
 			} else {
-				r.unknownAll(r.isolation.died([]*message{m}, explained(cause), r.counts.published.Load()))
+				r.unknownAll(r.isolation.died([]*message{m}, end.explained, r.counts.published.Load()))
 			}
 		}
 	}

@@ -38,12 +38,18 @@ type reader struct {
 
 	recallAt time.Time // when nothing was found for the first of them
 	walked   string    // the last key of which the parked messages were looked at
-	walkedAt time.Time // when
+	walkAt   time.Time // when the next are
 	loaded   bool      // the last read found something
 	slow     int       // reads in a row that took too long
 	readAt   time.Time // when a read of what is above the floor last began
 	idling   bool      // nothing has come for a while
 	noParked bool      // nor was anything parked at the last look
+
+	// Rows of outbox_parked that are dead and that somebody's snapshot keeps make some
+	// looks slow. Each takes a part of the time only, and others do in between.
+	allDueAt time.Time // before it only what became due lately is looked for
+	parkedAt time.Time // before it something is taken to be parked
+	eachKey  time.Time // before it each key is looked up, not whether any is parked
 }
 
 const (
@@ -53,6 +59,10 @@ const (
 	duePerLane  = 50
 	readTimeout = 10 * time.Second
 	flushWait   = 5 * time.Millisecond
+	// A look that takes slowLook passes over dead rows. Until it is repeated only what
+	// became due within dueLately is found.
+	slowLook  = 50 * time.Millisecond
+	dueLately = time.Minute
 )
 
 // run reads until ctx ends: at once again while there is something new, then
@@ -194,7 +204,7 @@ func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error
 		if p.whole {
 			routingKey = nil
 		}
-		n, err := r.readParked(ctx, ids, suspectDelay, &p.exchange, routingKey)
+		n, err := r.readParked(ctx, ids, suspectDelay, &p.exchange, routingKey, nil)
 		if err != nil {
 			return added, err
 		}
@@ -211,16 +221,24 @@ func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error
 	if r.noParked || now.Sub(r.dueAt) < dueEvery {
 		return added, nil
 	}
-	n, err := r.readParked(ctx, ids, 0, nil, nil)
+	var lately *float64
+	if now.Before(r.allDueAt) {
+		seconds := dueLately.Seconds()
+		lately = &seconds
+	}
+	n, err := r.readParked(ctx, ids, 0, nil, nil, lately)
 	if err == nil && n == 0 {
 		r.dueAt = now
+		if lately == nil {
+			r.allDueAt = time.Now().Add(scanLoad * time.Since(now))
+		}
 	}
 	return added + n, err
 }
 
-// readParked reads parked messages whose time comes within a while.
-func (r *reader) readParked(ctx context.Context, ids []int16, within time.Duration, exchange, routingKey *string) (int, error) {
-	p, err := r.read(ctx, r.sql.due, pageBytes, duePerLane, ids, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey)
+// readParked reads parked messages whose time comes within a while, or came lately.
+func (r *reader) readParked(ctx context.Context, ids []int16, within time.Duration, exchange, routingKey *string, lately *float64) (int, error) {
+	p, err := r.read(ctx, r.sql.due, duePerLane, ids, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
 	if err != nil {
 		return 0, err
 	}

@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/cenkalti/backoff/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/txbox/txbox/internal/dbschema"
@@ -37,7 +36,7 @@ type Relay struct {
 	stalledAt atomic.Int64 // when a connection was last given up for want of answers; 0: never
 
 	// What can keep the relay from its work.
-	schema, leasing, reading, settling, broker, blocked condition
+	schema, leasing, reading, settling, broker, alarm condition
 }
 
 // New returns a relay that reads from db and publishes through pub. The error
@@ -54,7 +53,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{
 		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
-		&r.settling: "writing to the outbox", &r.broker: "broker", &r.blocked: "publishing",
+		&r.settling: "writing to the outbox", &r.broker: "broker", &r.alarm: "publishing",
 	} {
 		c.what, c.log = what, cfg.Logger
 	}
@@ -181,13 +180,4 @@ func (r *Relay) publishLoop(ctx, hard context.Context) {
 			return
 		}
 	}
-}
-
-// maxReconnect bounds the pause between two attempts to reach a server.
-const maxReconnect = 3 * time.Second
-
-func newBackOff() *backoff.ExponentialBackOff {
-	b := backoff.NewExponentialBackOff()
-	b.InitialInterval, b.MaxInterval = 50*time.Millisecond, maxReconnect*2/3 // it adds up to a half
-	return b
 }

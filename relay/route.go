@@ -57,7 +57,7 @@ func (h *hand) take(limit int) (taken []*message) {
 		n := max(0, min(len(r.ready), limit-len(taken), h.share()-r.inFlight))
 		for _, m := range r.ready[:n] {
 			r.bytes -= len(m.payload)
-			h.busy[m.lane]++
+			h.taken[m.lane]++
 		}
 		taken = append(taken, r.ready[:n]...)
 		clear(r.ready[:n])
@@ -84,8 +84,8 @@ func (h *hand) endTrial(m *message) {
 	}
 }
 
-// release gives the place of m in the window to another.
-func (h *hand) release(m *message) {
+// freePlace gives the place of m in the window to another.
+func (h *hand) freePlace(m *message) {
 	if m.probing {
 		m.probing = false
 		h.probing--
@@ -118,7 +118,7 @@ func (h *hand) apart(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range ms {
-		h.release(m)
+		h.freePlace(m)
 	}
 }
 
@@ -129,8 +129,8 @@ func (h *hand) try(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range ms {
-		h.busy[m.lane]--
-		h.release(m)
+		h.taken[m.lane]--
+		h.freePlace(m)
 		if !m.alone && !h.onTrial[m.destination] {
 			h.onTrial[m.destination] = true
 			m.alone, m.onTrial, m.patience = true, true, silentAfter

@@ -21,6 +21,7 @@ type session struct {
 	conn  *rabbit.Conn
 	fail  context.CancelCauseFunc
 
+	unhook       func() bool    // from the end of a clean stop's time
 	watchers     sync.WaitGroup // they end with the connection
 	lastAnswered atomic.Int64   // when the latest message that has an answer was sent
 	stalled      atomic.Bool    // it was given up for want of answers
@@ -28,17 +29,19 @@ type session struct {
 	mu      sync.Mutex
 	open    chan struct{} // closed while the broker takes messages
 	openAt  int64         // since when, by our monotonic clock
-	blocked bool
+	alarmed bool
 	orphans []*message // in flight at the end of the connection
 }
 
 var errStopped = errors.New("relay is stopping")
 
-// newSession watches conn; the context ends with it, too.
-func (r *Relay) newSession(ctx context.Context, conn *rabbit.Conn) (context.Context, *session) {
+// newSession watches conn until end; the context ends with it, too. After hard ends
+// nothing on it is waited for.
+func (r *Relay) newSession(ctx, hard context.Context, conn *rabbit.Conn) (context.Context, *session) {
 	ctx, fail := context.WithCancelCause(ctx)
 	s := &session{relay: r, conn: conn, fail: fail, open: make(chan struct{})}
 	close(s.open)
+	s.unhook = context.AfterFunc(hard, func() { fail(errStopped); conn.Cut() })
 	closed := conn.NotifyClose(make(chan *amqp.Error, 1))
 	blockings := conn.NotifyBlocked(make(chan amqp.Blocking, 16))
 	s.watchers.Go(func() { s.watch(closed, blockings) })
@@ -48,10 +51,7 @@ func (r *Relay) newSession(ctx context.Context, conn *rabbit.Conn) (context.Cont
 // publish runs a session until ctx ends (nil: everything in flight was answered)
 // or the connection fails. After hard ends it does not wait for answers.
 func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
-	ctx, s := r.newSession(ctx, conn)
-	stop := context.AfterFunc(hard, func() { s.fail(errStopped); conn.Cut() })
-	defer stop()
-
+	ctx, s := r.newSession(ctx, hard, conn)
 	var publishers sync.WaitGroup
 	for range channels {
 		publishers.Go(func() { s.serve(ctx, source{r.hand.take, r.hand.retryAll, r.hand.some}) })
@@ -85,6 +85,33 @@ func (s *session) end() {
 	timer.Stop()
 	s.conn.Cut()
 	s.watchers.Wait()
+	s.unhook()
+}
+
+// apartEnd is how publishing apart has ended.
+type apartEnd struct {
+	inFlight  []*message // at the end of the connection
+	overdue   *message   // of those, the one that had no answer in time, alone
+	explained bool       // no message caused the end
+	stalled   bool       // the end was ours, since answers ceased to come
+}
+
+// publishApart publishes what there is in a source on a connection of its own.
+func (r *Relay) publishApart(ctx, hard context.Context, window int, prober bool, from source) (apartEnd, error) {
+	conn, err := r.pub.connect(ctx)
+	if err != nil {
+		return apartEnd{}, err
+	}
+	ctx, s := r.newSession(ctx, hard, conn)
+	c, err := s.newChannel(window, prober)
+	if err != nil {
+		s.end()
+		return apartEnd{}, err
+	}
+	c.publish(ctx, from)
+	s.end()
+	r.hand.apart(s.orphans)
+	return apartEnd{s.orphans, c.overdue, explained(context.Cause(ctx)), s.stalled.Load()}, nil // the cause is known when all has ended
 }
 
 // watch notices the end of the connection, and alarms that make the broker stop
@@ -95,10 +122,10 @@ func (s *session) watch(closed <-chan *amqp.Error, blockings <-chan amqp.Blockin
 		if !ok {
 			break
 		}
-		s.block(b.Active, b.Reason)
+		s.alarm(b.Active, b.Reason)
 	}
 	err := <-closed
-	s.block(false, "")
+	s.alarm(false, "")
 	if err != nil {
 		s.fail(fmt.Errorf("connection closed: %w", err))
 	} else {
@@ -106,21 +133,22 @@ func (s *session) watch(closed <-chan *amqp.Error, blockings <-chan amqp.Blockin
 	}
 }
 
-func (s *session) block(active bool, reason string) {
+// alarm notes that the broker takes no messages, or does again.
+func (s *session) alarm(active bool, reason string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if active == s.blocked {
+	if active == s.alarmed {
 		return
 	}
-	s.blocked = active
+	s.alarmed = active
 	s.conn.SetBlocked(active)
 	if active {
 		s.open = make(chan struct{})
-		s.relay.blocked.set(fmt.Errorf("broker takes no messages: %s", reason))
+		s.relay.alarm.set(fmt.Errorf("broker takes no messages: %s", reason))
 	} else {
 		close(s.open)
 		s.openAt = since()
-		s.relay.blocked.set(nil)
+		s.relay.alarm.set(nil)
 	}
 }
 
@@ -131,11 +159,11 @@ func (s *session) gate() <-chan struct{} {
 	return s.open
 }
 
-// blockedSince says whether the broker takes no messages, or since when it does.
-func (s *session) blockedSince() (blocked bool, open int64) {
+// alarmedSince says whether the broker takes no messages, or since when it does.
+func (s *session) alarmedSince() (alarmed bool, open int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.blocked, s.openAt
+	return s.alarmed, s.openAt
 }
 
 // answered notes that a message has its answer which was sent at that time.

@@ -35,6 +35,7 @@ const (
 	settleDelay   = 30 * time.Millisecond // for more to settle at once
 	settleTimeout = 10 * time.Second
 	lockedEvery   = time.Second // rows that were locked are tried again
+	maxAttempts   = 1_000_000_000
 )
 
 // run settles until stop is closed and nothing is left, or ctx ends.
@@ -280,7 +281,7 @@ func (s *settler) arrays(refused []verdict) []any {
 	reasons, attempts, delays, errs := make([]string, n), make([]int32, n), make([]float64, n), make([]string, n)
 	for i, v := range refused {
 		laneIDs[i], epochs[i], ids[i], messageIDs[i] = v.lane, v.epoch, v.id, v.messageID
-		reasons[i], attempts[i], delays[i], errs[i] = v.reason, int32(v.spend), v.delay.Seconds(), v.lastError
+		reasons[i], attempts[i], delays[i], errs[i] = v.reason, int32(min(v.attempts, maxAttempts)+v.spend), v.delay.Seconds(), v.lastError
 	}
 	return []any{s.leases.identity(), laneIDs, epochs, ids, messageIDs, reasons, attempts, delays, errs}
 }

@@ -111,7 +111,8 @@ const (
 // those of lanes other than $3, or, if $5 is given, of other keys: filtering inside
 // would read on through the rows of others. It ends after $6 that are not blank. behind
 // says that a message of the key is parked; if none of any key is, that costs one look
-// for the page. EXISTS would drop the ORDER BY that pins the plan of both looks.
+// for the page, unless $7 says that it would have to pass over many dead rows. EXISTS
+// would drop the ORDER BY that pins the plan of both looks.
 //
 // Parked messages of a key are found by one range of index (lane, key, id), here and
 // below. Of lane = and key = the planner would make of ORDER BY one by id: where one
@@ -119,9 +120,9 @@ const (
 // range has an end, lest it go on through rows of other keys that are dead.
 const pageSQL = `WITH page AS (
 		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
-			CASE WHEN mine AND key IS NOT NULL AND (
+			CASE WHEN mine AND key IS NOT NULL AND ($7::boolean OR (
 				SELECT id FROM {parked} WHERE key IS NOT NULL ORDER BY lane, key, id LIMIT 1
-			) IS NOT NULL THEN coalesce((
+			) IS NOT NULL) THEN coalesce((
 				SELECT true FROM {parked} AS p
 				WHERE p.key IS NOT NULL AND (p.lane, p.key, p.id) >= (next.lane, next.key, 0) AND (p.lane, p.key) <= (next.lane, next.key)
 				ORDER BY p.lane, p.key, p.id LIMIT 1
@@ -144,10 +145,10 @@ const pageSQL = `WITH page AS (
 // end as a bound of the scan. Only ids are sorted.
 const (
 	idsFrom = `(SELECT * FROM {outbox} WHERE id >= $4::bigint ORDER BY id LIMIT $2)`
-	// idsOfSpans reads the spans from $7 to $8, too.
+	// idsOfSpans reads the spans from $8 to $9, too.
 	idsOfSpans = `(
 					SELECT o.* FROM (
-						SELECT i.id FROM unnest($7::bigint[], $8::bigint[]) AS s (low, high)
+						SELECT i.id FROM unnest($8::bigint[], $9::bigint[]) AS s (low, high)
 						CROSS JOIN LATERAL (
 							SELECT id FROM {outbox} WHERE id >= s.low AND id <= s.high ORDER BY id LIMIT least($2, s.high - s.low + 1)
 						) AS i
@@ -158,13 +159,14 @@ const (
 				)`
 )
 
-// drawnSQL returns the last id drawn, whether somebody has left lanes to take, and
-// whether anything is parked.
+// drawnSQL returns the last id drawn, whether somebody has left lanes to take, and, if
+// $1 asks for it, whether anything is parked.
 const drawnSQL = `SELECT CASE WHEN is_called THEN last_value ELSE 0 END, EXISTS (SELECT FROM {lane} WHERE owner IS NULL),
-	(SELECT id FROM {parked} ORDER BY id LIMIT 1) IS NOT NULL
+	NOT $1::boolean OR (SELECT id FROM {parked} ORDER BY id LIMIT 1) IS NOT NULL
 	FROM {sequence}`
 
-// dueSQL reads parked messages whose time has come, or those for the exchange $6 and,
+// dueSQL reads parked messages whose time has come, not more than $8 seconds ago if
+// that is given, or those for the exchange $6 and,
 // if given, the routing key $7 whose time comes within $5 seconds; other than those with
 // the ids $4, and with a key only its head. It goes by index (lane, due_at); $2 rows are
 // per lane. A scheduled message was created, for its consumers, when it was due. (clock_timestamp is volatile: an index
@@ -177,6 +179,7 @@ const dueSQL = `WITH page AS (
 		CROSS JOIN LATERAL (
 			SELECT * FROM {parked} AS p
 			WHERE p.lane = l.lane_wanted AND ($3::bigint >> l.lane_wanted) & 1 = 1 AND p.due_at <= statement_timestamp() + $5::float8 * interval '1 second'
+				AND p.due_at >= CASE WHEN $8::float8 IS NULL THEN '-infinity' ELSE statement_timestamp() - $8 * interval '1 second' END
 				AND p.id <> ALL($4::bigint[])
 				AND ($6::text IS NULL OR p.reason = 'retry' AND p.exchange = $6 AND coalesce(p.routing_key = $7::text, $7 IS NULL))
 				AND (p.key IS NULL OR p.id = (
@@ -275,12 +278,12 @@ const reparkSQL = `WITH ` + refusedRows + `
 	UPDATE {parked} AS p SET
 		reason = v.reason,
 		due_at = CASE v.reason WHEN 'retry' THEN clock_timestamp() + r.delay * interval '1 second' END,
-		attempts = least(p.attempts, 1000000000) + r.attempts,
+		attempts = r.attempts,
 		last_error = r.last_error,
 		parked_at = CASE WHEN p.reason = 'retry' AND p.attempts > 0 THEN p.parked_at ELSE clock_timestamp() END,
 		created_at = CASE p.reason WHEN 'scheduled' THEN greatest(p.created_at, p.due_at) ELSE p.created_at END
 	FROM refused AS r, LATERAL (
-		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > 0 AND q.reason = 'retry' AND q.attempts > 0
+		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > q.attempts AND q.reason = 'retry' AND q.attempts > 0
 				AND q.parked_at < clock_timestamp() - $10 * interval '1 second'
 			THEN 'dead' ELSE r.reason END AS reason
 		FROM {parked} AS q WHERE q.id = r.id ORDER BY q.id LIMIT 1 FOR UPDATE SKIP LOCKED

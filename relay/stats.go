@@ -112,5 +112,5 @@ func (r *Relay) Stats() Stats {
 // Ready returns nil while the relay can do its work, and otherwise everything
 // that keeps it from it.
 func (r *Relay) Ready() error {
-	return errors.Join(r.schema.get(), r.leasing.get(), r.reading.get(), r.settling.get(), r.broker.get(), r.blocked.get())
+	return errors.Join(r.schema.get(), r.leasing.get(), r.reading.get(), r.settling.get(), r.broker.get(), r.alarm.get())
 }
