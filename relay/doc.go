@@ -40,10 +40,15 @@
 // What the relay has read is in its hand until its row is gone and no read that
 // could still have seen the row is under way:
 //
+//	                                      unknown: again; alone, if it may have
+//	                                      ended a channel or a connection
+//	                                                   .------------.
+//	                                                   v            |
 //	read --> waiting (behind another of its key) --> ready --> in flight
-//	                                                   ^          |
-//	                                                   | unknown  | confirmed or refused
-//	                                                   `----------+--> settling --> gone --> forgotten
+//	  |         ^                                                   |
+//	  |         | there is room                                     | confirmed or refused
+//	  v         |                                                   v
+//	passed over: stays in the table, too many wait    forgotten <-- gone <-- settling
 //
 // At most one message of a key is ready or in flight, so that whatever is
 // published again is so in order. Ready messages are taken by destination, in
@@ -96,7 +101,9 @@
 // still runs may yet commit, all in one snapshot: what commits late is found at
 // the next look, and before what was written after it. So the relay passes neither
 // over the rows that it has deleted, however long somebody's snapshot keeps them,
-// nor waits for anybody's transaction.
+// nor waits for anybody's transaction. In outbox_parked, where nothing is in order, it
+// passes over such rows for a fiftieth of its time; in between it finds what has become
+// due within a minute.
 //
 // # A lane
 //
@@ -104,9 +111,12 @@
 // lanes by a lease, and publishes only what is in them:
 //
 //	free --- lease (epoch + 1) ---> owned --- renew, every third of the lease ---> owned
-//	 ^                               | |
-//	 |<---- release, clean stop -----' | not renewed in time: the owner has stopped
-//	 |<---- lease ran out -------------' publishing before, by its own clock
+//	 ^                                |
+//	 |<-- release --------------------+--- clean stop
+//	 |<-- release <-- draining -------+--- more than its share: finished, not begun
+//	 |<-- release --------------------+--- the broker away for longer than the lease
+//	 `<-- lease ran out --------------'--- not renewed in time: the owner has stopped
+//	                                       publishing before, by its own clock
 //
 // Each live relay takes its share, 64 divided by their number; one that has more
 // finishes what it has in hand of a lane and gives it up. Whatever a relay

@@ -32,9 +32,10 @@ const unplanned = pgx.QueryExecModeCacheDescribe
 // readSpans reads the ids in spans, of which only the last may be open; of keys alone,
 // if there are any.
 func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys ...string) (p page, err error) {
-	most := pageRows // messages to be published
+	rows, most := pageRows, pageRows // to be read, and to be published
 	if len(keys) > 0 {
 		most = min(most, lineRows*len(keys))
+		rows = min(rows, 2*most) // what is passed over is mostly of a few keys
 	}
 	from := int64(math.MaxInt64) // above all ids
 	if last := len(spans) - 1; last >= 0 && spans[last].high == math.MaxInt64 {
@@ -42,18 +43,18 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 	}
 	asked, eachKey := time.Now(), time.Now().Before(r.eachKey)
 	if len(spans) == 0 {
-		p, err = r.read(ctx, r.sql.page, pageRows, ids, from, keys, most, eachKey)
+		p, err = r.read(ctx, r.sql.page, rows, ids, from, keys, most, eachKey)
 	} else {
 		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
 		for i, s := range spans {
 			lows[i], highs[i] = s.low, s.high
 		}
-		p, err = r.read(ctx, r.sql.pages, pageRows, ids, from, keys, most, eachKey, lows, highs)
+		p, err = r.read(ctx, r.sql.pages, rows, ids, from, keys, most, eachKey, lows, highs)
 	}
 	if time.Since(asked) > slowLook {
 		r.eachKey = asked.Add(scanLoad * time.Since(asked))
 	}
-	p.cut = p.cut || len(p.ids) >= pageRows || len(p.ids)-len(p.rest) >= most
+	p.cut = p.cut || len(p.ids) >= rows || len(p.ids)-len(p.rest) >= most
 	return p, err
 }
 

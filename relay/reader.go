@@ -291,7 +291,7 @@ type scan struct {
 const (
 	scanStep  = 10_000
 	scanEvery = 10 * time.Second
-	scanLoad  = 20 // one part of the time at most
+	scanLoad  = 50 // one part of the time at most
 )
 
 // readOld takes one step of the scan.
