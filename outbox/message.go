@@ -38,8 +38,8 @@ type Message struct {
 	// Payload is the body; nil is empty. At most Writer.MaxPayload bytes.
 	Payload []byte
 	// NotBefore delays the message; zero, or a time in the past of the database's
-	// clock, is now. Together with a Key it is refused: an order that waits is no
-	// order. Up to the year 9999.
+	// clock, is now. Together with a Key it is refused: later messages of the
+	// key would overtake it. Up to the year 9999.
 	NotBefore time.Time
 }
 
@@ -81,7 +81,7 @@ func (m *Message) problem(maxPayload int) (field, reason string) {
 	case len(m.Payload) > maxPayload:
 		return "Payload", fmt.Sprintf("is %d bytes long, the limit is %d", len(m.Payload), maxPayload)
 	case !m.NotBefore.IsZero() && m.Key != "":
-		return "NotBefore", "cannot be combined with Key: an order that waits is no order"
+		return "NotBefore", "cannot be combined with Key: later messages of the key would overtake it"
 	case m.NotBefore.UTC().Year() > 9999:
 		return "NotBefore", "is after the year 9999"
 	}

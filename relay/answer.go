@@ -19,8 +19,8 @@ const (
 	silentAfter = 1500 * time.Millisecond
 	doubtFor    = 500 * time.Millisecond
 	sentApart   = 100 * time.Millisecond
-	// alertFor is how long after such an end no answers at all are taken for another:
-	// on a channel that waits for a silent queue nobody gets any.
+	// alertFor is how long after such an end a channel on which nobody is answered for
+	// silentAfter and doubtFor counts as another: one that waits for a silent queue is so.
 	alertFor = time.Minute
 )
 
@@ -50,7 +50,7 @@ func (c *channel) collect(all bool) {
 			c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
 			acked = append(acked, f.message)
 		case c.ch.IsClosed() || c.conn.IsClosed():
-			c.orphans = append(c.orphans, f.message) // a closed channel answers like a nack
+			c.undecided = append(c.undecided, f.message) // a closed channel answers like a nack
 		default:
 			c.relay.refuse(f.message, nacked, "nacked by the broker")
 		}
@@ -76,8 +76,10 @@ func (c *channel) doubt() {
 	if tag != c.doubted && c.overtaken(oldest) {
 		c.doubted, c.doubtedAt = tag, since()
 	}
-	if tag == c.doubted && since()-c.doubtedAt > int64(doubtFor) || c.late(oldest) {
-		c.giveUp(oldest)
+	if tag == c.doubted && since()-c.doubtedAt > int64(doubtFor) {
+		c.giveUp(oldest, fmt.Errorf("no answer to some messages within %s, while others had theirs", silentAfter))
+	} else if limit := c.limit(oldest); c.unanswered(oldest, limit) {
+		c.giveUp(oldest, fmt.Errorf("no answer from the broker within %s", limit))
 	}
 }
 
@@ -118,9 +120,8 @@ func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
 	return all[0], true
 }
 
-// late says that a message has had no answer for too long, while the broker took
-// messages.
-func (c *channel) late(f flight) bool {
+// limit is how long a message may be without an answer.
+func (c *channel) limit(f flight) time.Duration {
 	limit := c.relay.pub.cfg.ConfirmTimeout
 	if f.patience > 0 {
 		limit = min(limit, f.patience)
@@ -128,6 +129,12 @@ func (c *channel) late(f flight) bool {
 	if at := c.relay.stalledAt.Load(); !c.prober && at != 0 && since()-at < int64(alertFor) {
 		limit = min(limit, silentAfter+doubtFor)
 	}
+	return limit
+}
+
+// unanswered says that a message has had no answer for so long, while the broker took
+// messages.
+func (c *channel) unanswered(f flight, limit time.Duration) bool {
 	alarmed, open := c.alarmedSince()
 	return !alarmed && since()-max(f.at, open) > int64(limit)
 }
@@ -135,24 +142,19 @@ func (c *channel) late(f flight) bool {
 // overtaken says that a message has had no answer for a while, and others that
 // were sent after it have.
 func (c *channel) overtaken(f flight) bool {
-	alarmed, open := c.alarmedSince()
-	return !c.prober && !alarmed && since()-max(f.at, open) > int64(silentAfter) &&
+	return !c.prober && c.unanswered(f, silentAfter) &&
 		(c.answeredTag > f.confirm.DeliveryTag || c.lastAnswered.Load() > f.at+int64(sentApart))
 }
 
 // giveUp ends the connection: the broker reads nothing more from it while one of its
 // channels waits for a queue. Which queue that is nothing tells: each destination
 // that was in flight stands trial. A prober knows.
-func (c *channel) giveUp(f flight) {
+func (c *channel) giveUp(f flight, why error) {
 	if c.prober {
 		c.overdue = f.message
 	} else {
 		c.stalled.Store(true)
 	}
-	if c.overtaken(f) {
-		c.fail(fmt.Errorf("no answer to some messages within %s, while others had theirs", silentAfter))
-	} else {
-		c.fail(fmt.Errorf("no answer from the broker within %s", c.relay.pub.cfg.ConfirmTimeout))
-	}
+	c.fail(why)
 	c.conn.Cut()
 }

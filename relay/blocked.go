@@ -43,15 +43,15 @@ func (h *hand) lookAgain(keys []blockedKey) {
 
 // walk returns the next keys that have a message in outbox_parked: an operator may
 // have taken away what held them.
-func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err error) {
-	if r.noParked || time.Now().Before(r.walkAt) {
+func (r *reader) walk(ctx context.Context, ours []int16) (keys []blockedKey, err error) {
+	if r.noParked || time.Since(r.walkedAt) < walkEvery || !r.walking.due() {
 		return nil, nil
 	}
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	perLane := max(1, lookKeys/len(ids))
-	rows, err := r.db.Query(ctx, r.sql.blocked, unplanned, ids, r.walked, perLane)
+	perLane := max(1, lookKeys/len(ours))
+	rows, err := r.db.Query(ctx, r.sql.blocked, unplanned, ours, r.walked, perLane)
 	if err != nil {
 		return nil, err
 	}
@@ -68,7 +68,8 @@ func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err 
 			to = k.key // the other lanes go on from there too
 		}
 	}
-	r.walked, r.walkAt = to, time.Now().Add(max(walkEvery, scanLoad*time.Since(began)))
+	r.walked, r.walkedAt = to, time.Now()
+	r.walking.ran(began)
 	return keys, rows.Err()
 }
 
@@ -77,8 +78,8 @@ func (r *reader) walk(ctx context.Context, ids []int16) (keys []blockedKey, err 
 // messages are in the hand is no longer blocked: what follows waits there behind
 // them. Nothing of these keys is in the hand and only the reader brings something,
 // so none can be parked meanwhile.
-func (r *reader) readBlocked(ctx context.Context, ids []int16) (added int, err error) {
-	more, err := r.walk(ctx, ids)
+func (r *reader) readBlocked(ctx context.Context, ours []int16) (added int, err error) {
+	more, err := r.walk(ctx, ours)
 	if err != nil {
 		return 0, err
 	}
@@ -94,7 +95,7 @@ func (r *reader) readBlocked(ctx context.Context, ids []int16) (added int, err e
 		laneIDs[i], names[i] = k.lane, k.key
 	}
 	perKey := max(1, lineRows/len(keys))
-	p, err := r.read(ctx, r.sql.heads, perKey, ids, laneIDs, names)
+	p, err := r.read(ctx, r.sql.heads, perKey, ours, laneIDs, names)
 	if err != nil {
 		r.hand.lookAgain(keys)
 		return 0, err

@@ -22,10 +22,10 @@ type channel struct {
 	closed   chan struct{} // closed when the channel is, after closeErr was set
 	closeErr *amqp.Error   // nil: we closed it
 
-	returns  chan amqp.Return
-	returned map[returnKey][]amqp.Return
-	orphans  []*message // their fate was unknown when the channel closed
-	overdue  *message   // without an answer, so that the connection was given up
+	returns   chan amqp.Return
+	returned  map[returnKey][]amqp.Return
+	undecided []*message // their fate was unknown when the channel closed
+	overdue   *message   // without an answer, so that the connection was given up
 
 	answeredTag uint64        // the highest that has its answer
 	sweep       time.Duration // until answers are looked for behind the oldest
@@ -131,7 +131,7 @@ func (c *channel) publish(ctx context.Context, from source) {
 			taking = false
 		}
 	}
-	c.settleOrphans()
+	c.decide()
 }
 
 // publishSome publishes what there is and has room. It returns false if there is no
@@ -180,36 +180,38 @@ func (c *channel) send(ctx context.Context, m *message) bool {
 	confirm, err := c.ch.PublishWithDeferredConfirm(m.exchange, m.routingKey, true, false, msg)
 	if err != nil {
 		// Written in part, perhaps: the channel's close decides what this means.
-		c.orphans = append(c.orphans, m)
+		c.undecided = append(c.undecided, m)
 		return false
 	}
 	c.pending = append(c.pending, flight{m, confirm, now})
 	return true
 }
 
-// settleOrphans decides on the messages that were in flight when the channel
+// decide decides on the messages that were in flight when the channel
 // closed. If the broker closed only this channel, one of them is the culprit: the
 // exchange that it names, or else whichever fails again when it is alone.
-func (c *channel) settleOrphans() {
-	if len(c.orphans) == 0 {
+func (c *channel) decide() {
+	if len(c.undecided) == 0 {
 		return
 	}
 	<-c.closed
 	r := c.relay
 	if c.conn.IsClosed() || c.closeErr == nil {
-		c.lost(c.orphans)
+		c.lost(c.undecided)
 		return
 	}
-	named := slices.ContainsFunc(c.orphans, func(m *message) bool { return c.names(m) != 0 })
-	for _, m := range c.orphans {
+	named := slices.ContainsFunc(c.undecided, func(m *message) bool { return c.names(m) != 0 })
+	for _, m := range c.undecided {
 		why := c.names(m)
 		switch {
 		case why != 0:
 			r.refuse(m, why, c.closeErr.Error())
-		case len(c.orphans) == 1 && c.isRefusal():
+		case len(c.undecided) == 1 && c.isRefusal():
 			r.refuse(m, missing, c.closeErr.Error())
-		case len(c.orphans) == 1:
+		case len(c.undecided) == 1 && c.isVerdict():
 			r.refuse(m, impossible, c.closeErr.Error())
+		case len(c.undecided) == 1:
+			r.refuse(m, failed, c.closeErr.Error())
 		default:
 			m.alone = m.alone || !named
 			r.unknown(m)
@@ -221,6 +223,12 @@ func (c *channel) settleOrphans() {
 // exchange, or because we may not write to it.
 func (c *channel) isRefusal() bool {
 	return c.closeErr.Code == amqp.NotFound || c.closeErr.Code == amqp.AccessRefused
+}
+
+// isVerdict says that the broker closed the channel because of what was published, and
+// not, like 541, because something failed there.
+func (c *channel) isVerdict() bool {
+	return c.closeErr.Code == amqp.PreconditionFailed || c.closeErr.Code == amqp.ContentTooLarge || c.closeErr.Code == amqp.NotImplemented
 }
 
 // names says for what the broker, when it closed the channel, named the exchange

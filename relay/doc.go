@@ -124,7 +124,7 @@
 //
 // # What it asks of the database
 //
-// At most 3 connections, which may go through a pgbouncer in transaction mode with no
+// At most 3 connections, free when it needs them, which may go through a pgbouncer in transaction mode with no
 // setting of its own, and for the role SELECT and DELETE on outbox, all on outbox_parked and
 // outbox_relay, SELECT and UPDATE on outbox_lane, SELECT on txbox_version and on the
 // sequence outbox_id_seq.

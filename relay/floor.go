@@ -26,13 +26,12 @@ func (r *reader) look(ctx context.Context) (drawn bool, err error) {
 	defer cancel()
 	var last int64
 	var free, parked bool
-	asked := time.Now()
-	ask := !asked.Before(r.parkedAt)
+	asked, ask := time.Now(), r.anyParked.due()
 	if err := r.db.QueryRow(ctx, r.sql.drawn, unplanned, ask).Scan(&last, &free, &parked); err != nil {
 		return false, err
 	}
-	if took := time.Since(asked); ask && took > slowLook {
-		r.parkedAt = asked.Add(scanLoad * took)
+	if time.Since(asked) > slowLook {
+		r.anyParked.ran(asked)
 	}
 	if free {
 		notify(r.leases.look)
@@ -42,9 +41,9 @@ func (r *reader) look(ctx context.Context) (drawn bool, err error) {
 }
 
 // readNew reads what is above the floor or in a gap.
-func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error) {
+func (r *reader) readNew(ctx context.Context, ours []int16) (added int, err error) {
 	if len(r.late) > 0 {
-		return r.readLate(ctx, ids)
+		return r.readLate(ctx, ours)
 	}
 	r.readAt = time.Now()
 	spans := r.gaps.fresh()
@@ -52,7 +51,7 @@ func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error
 	if many {
 		spans = nil
 	}
-	p, err := r.readSpans(ctx, append(spans, span{r.floor + 1, math.MaxInt64}), ids)
+	p, err := r.readSpans(ctx, append(spans, span{r.floor + 1, math.MaxInt64}), ours)
 	if err == nil && p.drawn < r.floor {
 		err = errGoneBack
 	}
@@ -63,10 +62,10 @@ func (r *reader) readNew(ctx context.Context, ids []int16) (added int, err error
 		// What was committed into these gaps comes before this page.
 		r.late, r.lateSeen = append(late, r.gaps.fresh()...), p.running
 		slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
-		if added, err = r.readLate(ctx, ids); err != nil || len(r.late) > 0 {
+		if added, err = r.readLate(ctx, ours); err != nil || len(r.late) > 0 {
 			return added, err // the rest of them first
 		}
-	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor {
+	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor { // the page got through all gaps
 		r.gaps.looked(p.running, r.readAt)
 	}
 	added += r.hand.admit(p.messages)
@@ -87,10 +86,10 @@ const (
 // readLate reads what is in the gaps that may have been filled, in the order of ids,
 // until that is done or the hand is full. A long transaction can leave tens of thousands
 // of gaps, or large ones.
-func (r *reader) readLate(ctx context.Context, ids []int16) (added int, err error) {
+func (r *reader) readLate(ctx context.Context, ours []int16) (added int, err error) {
 	for len(r.late) > 0 && !r.hand.full() {
 		spans := first(r.late)
-		p, err := r.readSpans(ctx, spans, ids)
+		p, err := r.readSpans(ctx, spans, ours)
 		if err != nil {
 			return added, err
 		}

@@ -27,8 +27,8 @@ type hand struct {
 	inFlight  int
 	refusing  int        // verdicts not settled
 	probing   int        // messages taken alone, other than those on trial
-	unsettled [lanes]int // messages
-	taken     [lanes]int // of those, messages
+	unsettled [lanes]int // messages whose rows are as they were read
+	taken     [lanes]int // of those, in flight or with a verdict
 	alone     []*message
 	confirmed []*message
 	refused   []verdict
@@ -42,8 +42,10 @@ type hand struct {
 }
 
 const (
-	handRows  = 5000     // messages in the hand: no more is read, but twice that while it starves; and a page
-	handBytes = 32 << 20 // of their payloads, likewise
+	// No more is read while so many messages are in the hand, or bytes of payloads;
+	// while it starves, twice as many. What is read at once comes on top.
+	handRows  = 5000
+	handBytes = 32 << 20
 	pageRows  = 2000
 	pageBytes = 8 << 20
 	slowDelay = 5 * time.Second // at most, for what would crowd the hand
@@ -236,7 +238,6 @@ func (h *hand) block(m *message) {
 }
 
 func (h *hand) verdict(v verdict) {
-	v.refused = true
 	h.refusing++
 	h.refused = append(h.refused, v)
 }
@@ -304,11 +305,11 @@ func (h *hand) muchToSettle() bool {
 }
 
 // settled records that the statement which removes or parks a message returned.
-func (h *hand) settled(m *message) {
+func (h *hand) settled(m *message, refused bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.taken[m.lane]--
-	if m.refused {
+	if refused {
 		h.refusing--
 	}
 	h.uncount(m)

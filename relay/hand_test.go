@@ -23,7 +23,7 @@ func TestReadThatBeganBeforeTheDeleteBringsNothingBack(t *testing.T) {
 	if len(confirmed) != 1 {
 		t.Fatalf("%d to delete", len(confirmed))
 	}
-	h.settled(confirmed[0]) // the DELETE returned, while another read is under way
+	h.settled(confirmed[0], false) // the DELETE returned, while another read is under way
 	if n := h.admit(row()); n != 0 || len(h.take(10)) != 0 {
 		t.Error("the message came back")
 	}

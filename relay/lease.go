@@ -99,11 +99,14 @@ func (l *leases) run(ctx context.Context) {
 	var renewAt int64
 	for {
 		renew := since() >= renewAt
+		useless := l.useless()
 		err := l.once(ctx, renew)
 		if ctx.Err() != nil {
 			return
 		}
-		l.health.set(err)
+		if err != nil || !useless {
+			l.health.set(err)
+		}
 		if err == nil && renew {
 			renewAt = since() + int64(l.lease/3)
 		}

@@ -30,10 +30,9 @@ type message struct {
 	behind      bool // a message of its key was parked when it was read
 	attempts    int
 
-	alone    bool          // to be published with nothing else in flight on its channel
+	alone    bool          // to be published with nothing else in flight on its connection
 	onTrial  bool          // it is to show whether its destination answers
 	probing  bool          // it is taken, alone, and not on trial
-	refused  bool          // there is a verdict on it
 	patience time.Duration // how long it may be without an answer, alone; 0: ConfirmTimeout
 	deaths   int           // connections that ended while it was in flight, nobody knows why
 	route    *route        // on which it is ready or in flight; nil if alone

@@ -31,7 +31,7 @@ const unplanned = pgx.QueryExecModeCacheDescribe
 
 // readSpans reads the ids in spans, of which only the last may be open; of keys alone,
 // if there are any.
-func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys ...string) (p page, err error) {
+func (r *reader) readSpans(ctx context.Context, spans []span, ours []int16, keys ...string) (p page, err error) {
 	rows, most := pageRows, pageRows // to be read, and to be published
 	if len(keys) > 0 {
 		most = min(most, lineRows*len(keys))
@@ -41,18 +41,18 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 	if last := len(spans) - 1; last >= 0 && spans[last].high == math.MaxInt64 {
 		from, spans = spans[last].low, spans[:last]
 	}
-	asked, eachKey := time.Now(), time.Now().Before(r.eachKey)
+	asked, eachKey := time.Now(), !r.anyKey.due()
 	if len(spans) == 0 {
-		p, err = r.read(ctx, r.sql.page, rows, ids, from, keys, most, eachKey)
+		p, err = r.read(ctx, r.sql.page, rows, ours, from, keys, most, eachKey)
 	} else {
 		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
 		for i, s := range spans {
 			lows[i], highs[i] = s.low, s.high
 		}
-		p, err = r.read(ctx, r.sql.pages, rows, ids, from, keys, most, eachKey, lows, highs)
+		p, err = r.read(ctx, r.sql.pages, rows, ours, from, keys, most, eachKey, lows, highs)
 	}
 	if time.Since(asked) > slowLook {
-		r.eachKey = asked.Add(scanLoad * time.Since(asked))
+		r.anyKey.ran(asked)
 	}
 	p.cut = p.cut || len(p.ids) >= rows || len(p.ids)-len(p.rest) >= most
 	return p, err
@@ -61,10 +61,10 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ids []int16, keys 
 // read returns a page whose rows are on disk, of lanes that are still ours under
 // the same epoch. Rows are visible before they are durable if their producer uses
 // synchronous_commit=off: a server that crashes then has never heard of them.
-func (r *reader) read(ctx context.Context, sql string, rows int, ids []int16, args ...any) (p page, err error) {
+func (r *reader) read(ctx context.Context, sql string, rows int, ours []int16, args ...any) (p page, err error) {
 	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()
-	args = append([]any{unplanned, pageBytes, rows, laneSet(ids)}, args...)
+	args = append([]any{unplanned, pageBytes, rows, laneSet(ours)}, args...)
 	if !r.loaded {
 		p, err = query(ctx, r.db, sql, args)
 	}
@@ -161,8 +161,8 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 }
 
 // laneSet has a bit for each lane.
-func laneSet(ids []int16) (set int64) {
-	for _, id := range ids {
+func laneSet(ours []int16) (set int64) {
+	for _, id := range ours {
 		set |= 1 << id
 	}
 	return set

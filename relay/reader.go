@@ -38,19 +38,28 @@ type reader struct {
 
 	recallAt time.Time // when nothing was found for the first of them
 	walked   string    // the last key of which the parked messages were looked at
-	walkAt   time.Time // when the next are
+	walkedAt time.Time // when
 	loaded   bool      // the last read found something
 	slow     int       // reads in a row that took too long
 	readAt   time.Time // when a read of what is above the floor last began
 	idling   bool      // nothing has come for a while
 	noParked bool      // nor was anything parked at the last look
 
-	// Rows of outbox_parked that are dead and that somebody's snapshot keeps make some
-	// looks slow. Each takes a part of the time only, and others do in between.
-	allDueAt time.Time // before it only what became due lately is looked for
-	parkedAt time.Time // before it something is taken to be parked
-	eachKey  time.Time // before it each key is looked up, not whether any is parked
+	// Looks that have to pass over rows of outbox_parked that are dead and that
+	// somebody's snapshot keeps. Until each may be repeated:
+	allDue    pace // only what became due lately is looked for
+	anyParked pace // something is taken to be parked
+	anyKey    pace // each key of a page is looked up, not whether any is parked
+	walking   pace // operators' changes to parked messages go unseen
 }
+
+// pace keeps what may take long to a part of the time.
+type pace struct{ next time.Time }
+
+func (p *pace) due() bool { return !time.Now().Before(p.next) }
+
+// ran records that it was done since began.
+func (p *pace) ran(began time.Time) { p.next = time.Now().Add(scanLoad * time.Since(began)) }
 
 const (
 	dueEvery    = 500 * time.Millisecond
@@ -59,10 +68,8 @@ const (
 	duePerLane  = 50
 	readTimeout = 10 * time.Second
 	flushWait   = 5 * time.Millisecond
-	// A look that takes slowLook passes over dead rows. Until it is repeated only what
-	// became due within dueLately is found.
-	slowLook  = 50 * time.Millisecond
-	dueLately = time.Minute
+	slowLook    = 100 * time.Millisecond // such a look passes over dead rows
+	dueLately   = time.Minute
 )
 
 // run reads until ctx ends: at once again while there is something new, then
@@ -117,11 +124,11 @@ func (r *reader) limit() time.Duration { return readTimeout << min(r.slow, 5) }
 // cancelled, by statement_timeout or by hand: the session goes on.
 func (r *reader) once(ctx context.Context) (added int, err error) {
 	defer r.hand.readEnded()
-	ids := r.lanes()
-	if len(ids) == 0 || r.hand.full() {
+	ours := r.lanes()
+	if len(ours) == 0 || r.hand.full() {
 		return 0, nil
 	}
-	added, err = r.readAll(ctx, ids)
+	added, err = r.readAll(ctx, ours)
 	var cancelled *pgconn.PgError
 	switch {
 	case err == nil:
@@ -138,30 +145,30 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 	return added, err
 }
 
-func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error) {
+func (r *reader) readAll(ctx context.Context, ours []int16) (added int, err error) {
 	drawn, err := r.look(ctx)
 	if err != nil {
 		return 0, fmt.Errorf("read last id: %w", err)
 	}
 	if drawn && !r.scan.urgent {
-		if added, err = r.readNew(ctx, ids); err != nil {
+		if added, err = r.readNew(ctx, ours); err != nil {
 			return added, fmt.Errorf("read outbox: %w", err)
 		}
 	}
-	n, err := r.readOld(ctx, ids)
+	n, err := r.readOld(ctx, ours)
 	added += n
 	if err != nil {
 		return added, fmt.Errorf("read outbox again: %w", err)
 	}
-	n, err = r.readPassedOver(ctx, ids)
+	n, err = r.readPassedOver(ctx, ours)
 	added += n
 	if err != nil {
 		return added, fmt.Errorf("read what was passed over: %w", err)
 	}
-	n, err = r.readDue(ctx, ids)
+	n, err = r.readDue(ctx, ours)
 	added += n
 	if err == nil {
-		n, err = r.readBlocked(ctx, ids)
+		n, err = r.readBlocked(ctx, ours)
 		added += n
 	}
 	if err != nil {
@@ -171,7 +178,7 @@ func (r *reader) readAll(ctx context.Context, ids []int16) (added int, err error
 }
 
 // readPassedOver reads what was passed over of keys that have room again.
-func (r *reader) readPassedOver(ctx context.Context, ids []int16) (added int, err error) {
+func (r *reader) readPassedOver(ctx context.Context, ours []int16) (added int, err error) {
 	lines, from := r.hand.passedOver()
 	if len(lines) == 0 {
 		return 0, nil
@@ -180,7 +187,7 @@ func (r *reader) readPassedOver(ctx context.Context, ids []int16) (added int, er
 	for i, l := range lines {
 		keys[i] = l.key
 	}
-	p, err := r.readSpans(ctx, []span{{from, r.floor}}, ids, keys...)
+	p, err := r.readSpans(ctx, []span{{from, r.floor}}, ours, keys...)
 	if err != nil {
 		return 0, err
 	}
@@ -196,7 +203,7 @@ func (r *reader) readPassedOver(ctx context.Context, ids []int16) (added int, er
 
 // readDue reads parked messages whose time has come, and first those for places that
 // are suspect no more.
-func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error) {
+func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err error) {
 	r.recall = append(r.recall, r.suspects.takeCleared()...)
 	for len(r.recall) > 0 && !r.hand.full() && time.Since(r.recallAt) > recallEvery {
 		p, quiet := r.recall[0], r.hand.quiet()
@@ -204,7 +211,7 @@ func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error
 		if p.whole {
 			routingKey = nil
 		}
-		n, err := r.readParked(ctx, ids, suspectDelay, &p.exchange, routingKey, nil)
+		n, err := r.readParked(ctx, ours, suspectDelay, &p.exchange, routingKey, nil)
 		if err != nil {
 			return added, err
 		}
@@ -222,23 +229,23 @@ func (r *reader) readDue(ctx context.Context, ids []int16) (added int, err error
 		return added, nil
 	}
 	var lately *float64
-	if now.Before(r.allDueAt) {
+	if !r.allDue.due() {
 		seconds := dueLately.Seconds()
 		lately = &seconds
 	}
-	n, err := r.readParked(ctx, ids, 0, nil, nil, lately)
+	n, err := r.readParked(ctx, ours, 0, nil, nil, lately)
 	if err == nil && n == 0 {
 		r.dueAt = now
 		if lately == nil {
-			r.allDueAt = time.Now().Add(scanLoad * time.Since(now))
+			r.allDue.ran(now)
 		}
 	}
 	return added + n, err
 }
 
 // readParked reads parked messages whose time comes within a while, or came lately.
-func (r *reader) readParked(ctx context.Context, ids []int16, within time.Duration, exchange, routingKey *string, lately *float64) (int, error) {
-	p, err := r.read(ctx, r.sql.due, duePerLane, ids, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
+func (r *reader) readParked(ctx context.Context, ours []int16, within time.Duration, exchange, routingKey *string, lately *float64) (int, error) {
+	p, err := r.read(ctx, r.sql.due, duePerLane, ours, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
 	if err != nil {
 		return 0, err
 	}
@@ -253,7 +260,7 @@ func (r *reader) readParked(ctx context.Context, ids []int16, within time.Durati
 // it, and not before all that was read of it under a former epoch has left the
 // hand.
 func (r *reader) lanes() []int16 {
-	ids := []int16{}
+	ours := []int16{}
 	var changed [lanes]bool
 	any := false
 	for lane, epoch := range r.leases.owned() {
@@ -268,13 +275,13 @@ func (r *reader) lanes() []int16 {
 			changed[lane], any = true, true
 		}
 		if r.epochs[lane] = epoch; epoch != 0 {
-			ids = append(ids, int16(lane))
+			ours = append(ours, int16(lane))
 		}
 	}
 	if any {
 		r.hand.forgetPassed(func(lane int16) bool { return changed[lane] })
 	}
-	return ids
+	return ours
 }
 
 // scan is the way from the first id to the floor, gone for lanes that are newly
@@ -284,8 +291,8 @@ func (r *reader) lanes() []int16 {
 type scan struct {
 	urgent bool // nothing else is read before the end
 	at     int64
-	step   int64     // ids per read
-	next   time.Time // not before
+	step   int64 // ids per read
+	pace   pace
 }
 
 const (
@@ -295,15 +302,15 @@ const (
 )
 
 // readOld takes one step of the scan.
-func (r *reader) readOld(ctx context.Context, ids []int16) (added int, err error) {
+func (r *reader) readOld(ctx context.Context, ours []int16) (added int, err error) {
 	began := time.Now()
-	if !r.scan.urgent && began.Before(r.scan.next) {
+	if !r.scan.urgent && !r.scan.pace.due() {
 		return 0, nil
 	}
 	r.scan.step = max(r.scan.step, scanStep)
 	to := min(r.scan.at+r.scan.step, r.floor)
 	if r.scan.at < to {
-		p, err := r.readSpans(ctx, []span{{r.scan.at + 1, to}}, ids)
+		p, err := r.readSpans(ctx, []span{{r.scan.at + 1, to}}, ours)
 		if err != nil {
 			return 0, err
 		}
@@ -313,7 +320,8 @@ func (r *reader) readOld(ctx context.Context, ids []int16) (added int, err error
 		}
 	}
 	took := time.Since(began)
-	r.scan.at, r.scan.next = to, began.Add(scanLoad*took)
+	r.scan.at = to
+	r.scan.pace.ran(began)
 	switch {
 	case took < 2*time.Millisecond && r.scan.step < math.MaxInt64/4:
 		r.scan.step *= 2
@@ -321,7 +329,7 @@ func (r *reader) readOld(ctx context.Context, ids []int16) (added int, err error
 		r.scan.step /= 2
 	}
 	if r.scan.at >= r.floor {
-		r.scan = scan{step: r.scan.step, next: time.Now().Add(scanEvery)}
+		r.scan = scan{step: r.scan.step, pace: pace{time.Now().Add(scanEvery)}}
 	} else if r.scan.urgent {
 		added = max(added, 1)
 	}

@@ -91,6 +91,6 @@ func (f *refusals) dead(v verdict) {
 		return
 	}
 	f.log.Error("relay: a message is dead; it waits for a human in outbox_parked", "id", v.id, "message_id", v.messageID,
-		"exchange", v.exchange, "routing_key", v.routingKey, "error", v.lastError, "without_a_line", f.unsaid)
+		"key", v.key, "exchange", v.exchange, "routing_key", v.routingKey, "error", v.lastError, "without_a_line", f.unsaid)
 	f.unsaid = 0
 }

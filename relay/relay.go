@@ -41,7 +41,8 @@ type Relay struct {
 
 // New returns a relay that reads from db and publishes through pub. The error
 // names every problem with its arguments. The relay uses at most 3 connections of
-// db at once; it does not close db.
+// db at once; if others leave it none for as long as its lease, it loses its lanes. It
+// does not close db.
 func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	cfg, err := cfg.withDefaults(db, pub)
 	if err != nil {
@@ -52,7 +53,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{
-		&r.schema: "schema", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
+		&r.schema: "database", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
 		&r.settling: "writing to the outbox", &r.broker: "broker", &r.alarm: "publishing",
 	} {
 		c.what, c.log = what, cfg.Logger

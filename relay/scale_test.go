@@ -16,7 +16,9 @@ import (
 func TestSixtyFourRelaysShareAndTheNextWaits(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	calm := func(cfg *relay.Config, _ *relay.RabbitMQConfig) { cfg.IdleInterval = time.Second }
+	calm := func(cfg *relay.Config, _ *relay.RabbitMQConfig) { // all share one pool and two cores
+		cfg.IdleInterval, cfg.Lease = time.Second, time.Minute
+	}
 	var relays []*relay.Relay
 	var stops []func()
 	add := func() {
@@ -88,7 +90,7 @@ func TestRelaysWorkThroughATransactionPooler(t *testing.T) {
 	b.eventuallyCount("outbox_relay", 0)
 }
 
-// A dead head holds 5,000 followers; the others pass by, and when the head is
+// A dead head holds 2,000 followers; the others pass by, and when the head is
 // discarded they come in order.
 func TestKeyWithManyFollowersCostsTheOthersNothing(t *testing.T) {
 	t.Parallel()
@@ -97,7 +99,7 @@ func TestKeyWithManyFollowersCostsTheOthersNothing(t *testing.T) {
 	_, err := b.db.Exec(testenv.Context(t), `INSERT INTO `+b.db.Table("outbox_parked")+` (message_id, key, exchange, reason)
 		VALUES ($1, 'blocked', $2, 'dead')`, head[0].ID, b.queue)
 	b.must(err)
-	msgs := b.messages(5500, func(i int) string {
+	msgs := b.messages(2200, func(i int) string {
 		if i%11 != 0 {
 			return "blocked"
 		}

@@ -134,7 +134,7 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 		if left[m.id] {
 			s.lockedConfirmed = append(s.lockedConfirmed, m)
 		} else {
-			s.hand.settled(m)
+			s.hand.settled(m, false)
 		}
 	}
 	return nil
@@ -232,7 +232,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		if v.reason == "dead" || died[v.id] {
 			s.dead(v)
 		}
-		s.hand.settled(v.message)
+		s.hand.settled(v.message, true)
 	}
 	return nil
 }

@@ -9,7 +9,7 @@ import (
 
 // Messages for a suspect are parked the longer the more there are, lest reading them
 // again and again cost others their time. When it takes messages again they are read
-// before theirs.
+// before they are due.
 const (
 	suspectStep  = 50 * time.Millisecond
 	suspectDelay = 5 * time.Minute

@@ -12,6 +12,7 @@ type cause int
 const (
 	returned   cause = iota + 1 // no queue is bound for it
 	nacked                      // a queue refused it
+	failed                      // something at the broker failed while it was published
 	missing                     // its exchange does not exist, or we may not write to it
 	denied                      // we may not write to its topic
 	silent                      // it was a probe, and had no answer
@@ -42,8 +43,8 @@ func (r *Relay) confirmed(ms []*message) {
 }
 
 // refuse: the broker will not have it now, or ever. A message whose exchange is
-// missing spends an attempt only as the probe; the others waited for nothing of
-// their own fault, as does what goes to a destination that does not answer.
+// missing spends an attempt only as the probe. What was not tried spends none, nor does
+// what goes to a destination that does not answer.
 func (r *Relay) refuse(m *message, why cause, text string) {
 	v := verdict{message: m, reason: "retry", spend: 1, lastError: clip(text)}
 	switch why {

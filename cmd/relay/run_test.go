@@ -85,7 +85,7 @@ func TestRunWaitsForServersThatAreDown(t *testing.T) {
 	must(t, database.Stop(testenv.Context(t)))
 
 	relay := start(t, []string{"DATABASE_URL=" + database.URL(), "AMQP_URL=" + broker.URL()}, "run", "--schema", db.Schema)
-	relay.output.has(t, "schema fails")
+	relay.output.has(t, "database fails")
 	must(t, database.Start(testenv.Context(t)))
 	relay.output.has(t, "lease of lanes works")
 	relay.output.has(t, "broker fails")
@@ -172,7 +172,7 @@ func TestLogShowsNoPasswordThatServersRefuse(t *testing.T) {
 		return u.String()
 	}
 	for _, test := range []struct{ database, broker, fails string }{
-		{wrong(db.URL), testenv.AMQPURL(t), "schema fails"},
+		{wrong(db.URL), testenv.AMQPURL(t), "database fails"},
 		{db.URL, wrong(testenv.AMQPURL(t)), "broker fails"},
 	} {
 		for _, format := range []string{"text", "json"} {

@@ -42,7 +42,7 @@ func CheckVersion(ctx context.Context, db Querier, name string) error {
 		return fmt.Errorf("%w: schema %q: %s; the documentation of packages relay and inbox lists what their roles must be granted",
 			ErrNotReady, name, pgErr.Message)
 	case errors.As(err, &pgErr) && (pgErr.Code == "42P01" || pgErr.Code == "3F000"):
-		return fmt.Errorf("%w: schema %q: %s; run \"relay migrate up%s\"", ErrNotReady, name, pgErr.Message, flag(name))
+		return fmt.Errorf("%w: schema %q: %s; if that is its name, run \"relay migrate up%s\"", ErrNotReady, name, pgErr.Message, flag(name))
 	case errors.Is(err, pgx.ErrNoRows):
 		return fmt.Errorf("%w: schema %q: txbox_version is empty", ErrNotReady, name)
 	case err != nil:
