@@ -39,6 +39,9 @@
 //	INSERT INTO txbox.outbox (message_id, key, exchange, routing_key, type, headers, payload)
 //	VALUES (gen_random_uuid(), 'order-42', 'orders', 'order.placed', 'order.placed', '{}', '\x7b7d');
 //
+// Use INSERT, not COPY, which draws ids long before it inserts rows if its client is
+// slow: the order of a key and a prompt delivery rely on less than a second between.
+//
 // A scheduled message is an INSERT into outbox_parked:
 //
 //	INSERT INTO txbox.outbox_parked (reason, due_at, message_id, exchange, routing_key, payload)

@@ -202,3 +202,25 @@ func TestRowThatAnOperatorHasLockedHoldsUpNobody(t *testing.T) {
 	b.must(operator.Commit(ctx))
 	b.eventuallyCount("outbox_parked", 0)
 }
+
+// Somebody locks many rows of the outbox, one here and one there, and does not go on.
+func TestManyLockedRowsHoldUpNobody(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	const locked = 100
+	msgs := b.messages(3*locked, noKey)
+	b.write(msgs...)
+	tx := b.begin()
+	_, err := tx.Exec(testenv.Context(t), "SELECT FROM "+b.db.Table("outbox")+" WHERE id % 3 = 0 FOR UPDATE")
+	b.must(err)
+	b.start()
+	for range 3 {
+		more := b.messages(500, noKey)
+		b.write(more...)
+		msgs = append(msgs, more...)
+		testenv.Eventually(t, 10*time.Second, "only the locked rows are left", func() bool { return b.count("outbox") == locked })
+	}
+	b.checkAll(b.drain(b.queue, len(msgs)), msgs, 0)
+	b.must(tx.Rollback(testenv.Context(t)))
+	b.eventuallyCount("outbox", 0)
+}

@@ -49,7 +49,7 @@ func (f *fenced) must(err error) {
 // park parks the message as the owner of an epoch, after so many attempts.
 func (f *fenced) park(ctx context.Context, sql string, owner uuid.UUID, epoch int64, attempts int32, more ...any) error {
 	args := append([]any{owner, []int16{f.lane}, []int64{epoch}, []int64{f.id}, []uuid.UUID{f.msg.ID},
-		[]string{"retry"}, []int32{attempts}, []float64{60}, []string{"refused"}}, more...)
+		[]string{"retry"}, []int32{attempts}, []float64{60}, []string{"refused"}, lockWait}, more...)
 	_, err := f.db.Exec(ctx, sql, args...)
 	return err
 }

@@ -113,6 +113,27 @@ func TestLateCommitOfALoneWriterGoesOutInOrder(t *testing.T) {
 	b.checkOrder(got, want)
 }
 
+// A writer that stays open leaves a gap, and nothing else happens: the time of scheduled
+// messages comes all the same.
+func TestScheduledMessagesGoOutWhileALoneWriterStaysOpen(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, stop := b.start()
+	defer stop()
+	got := b.deliveries()
+	for range 2 {
+		b.must(pauseFor(t, time.Second)) // it idles
+		open := b.begin()
+		b.writeIn(open, b.messages(1, noKey)...)
+		b.must(pauseFor(t, time.Second))
+		scheduled := b.messages(1, noKey)[0]
+		scheduled.NotBefore = time.Now().Add(500 * time.Millisecond)
+		b.write(scheduled)
+		b.await(got, scheduled, 5*time.Second)
+		b.must(open.Rollback(testenv.Context(t)))
+	}
+}
+
 // Each time a transaction writes the first message of a key and commits late, when
 // the relay has long read what was written after it. The second message of the key
 // follows at once: it must not be read alone.

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"slices"
 	"time"
 )
@@ -20,7 +21,7 @@ type gaps struct {
 
 // gapGroup is the gaps that the same transactions may fill.
 type gapGroup struct {
-	spans   []span
+	spans   []span // sorted
 	since   time.Time
 	settled bool     // it is known who may fill them
 	fillers snapshot // those, if settled, that still ran at the last look
@@ -90,7 +91,7 @@ func (g *gaps) looked(s snapshot, began time.Time) {
 			return group.settled && k.settled && k.fillers.equal(group.fillers)
 		})
 		if same >= 0 {
-			kept[same].spans = append(kept[same].spans, group.spans...)
+			kept[same].spans = merge(kept[same].spans, group.spans)
 		} else {
 			kept = append(kept, group)
 		}
@@ -106,23 +107,33 @@ func (g *gaps) fill(ids []int64) {
 	}
 }
 
-// without returns what is left of spans after ids, which are sorted, were found.
+// without returns what is left of spans after ids were found; both are sorted.
 func without(spans []span, ids []int64) []span {
-	touched := slices.ContainsFunc(spans, func(s span) bool {
-		i, _ := slices.BinarySearch(ids, s.low)
-		return i < len(ids) && ids[i] <= s.high
-	})
-	if !touched {
+	if len(ids) == 0 {
+		return spans
+	}
+	begin, _ := slices.BinarySearchFunc(spans, ids[0], func(s span, id int64) int { return cmp.Compare(s.high, id) })
+	end, _ := slices.BinarySearchFunc(spans, ids[len(ids)-1]+1, func(s span, id int64) int { return cmp.Compare(s.low, id) })
+	if begin >= end {
 		return spans
 	}
 	var left []span
-	for _, s := range spans {
+	for _, s := range spans[begin:end] {
 		i, _ := slices.BinarySearch(ids, s.low)
 		found := ids[i:]
-		end, _ := slices.BinarySearch(found, s.high+1)
-		left = append(left, between(s, found[:end])...)
+		upTo, _ := slices.BinarySearch(found, s.high+1)
+		left = append(left, between(s, found[:upTo])...)
 	}
-	return left
+	return slices.Replace(spans, begin, end, left...)
+}
+
+// merge returns all of two lists of spans, sorted.
+func merge(a, b []span) []span {
+	all := append(a, b...)
+	if len(a) > 0 && len(b) > 0 && a[len(a)-1].low > b[0].low {
+		slices.SortFunc(all, func(a, b span) int { return cmp.Compare(a.low, b.low) })
+	}
+	return all
 }
 
 // between returns the parts of s between the ids found in it, which are sorted.

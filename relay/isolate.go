@@ -111,7 +111,7 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 // next. One message that does so time and again is dead, once others have got
 // through meanwhile: until then it may be the broker.
 func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
-	unsent := g.messages
+	unsent, tried := g.messages, since()
 	end, err := r.publishApart(ctx, hard, len(unsent), false, source{
 		take: func(limit int) []*message {
 			n := min(limit, len(unsent))
@@ -139,7 +139,7 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	case n > 1:
 		r.isolation.add(g.again(end.inFlight[:n/2], 0), g.again(end.inFlight[n/2:], 0))
 	default:
-		alone := len(g.messages) == 1
+		alone := len(g.messages) == 1 && r.stood(ctx, tried)
 		g = g.again(end.inFlight, 0)
 		if alone {
 			g.alone++
@@ -154,6 +154,18 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 		r.isolation.add(g)
 	}
 }
+
+// stood says that the common connection has stood since then, so that what ended
+// another was not something that ends all.
+func (r *Relay) stood(ctx context.Context, then int64) bool {
+	_ = pause(ctx, endTogether)
+	up := r.upSince.Load()
+	return up != 0 && up < then
+}
+
+// endTogether is longer than it takes until all connections of which a fault is the end
+// are known to have ended.
+const endTogether = 200 * time.Millisecond
 
 // again is the group with those of its messages that are left, to be published after
 // a pause.

@@ -65,10 +65,11 @@ func (r *reader) read(ctx context.Context, sql string, rows int, ours []int16, a
 	ctx, cancel := context.WithTimeout(ctx, r.limit())
 	defer cancel()
 	args = append([]any{unplanned, pageBytes, rows, laneSet(ours)}, args...)
-	if !r.loaded {
+	quick := !r.loaded && sql == r.sql.page
+	if quick {
 		p, err = query(ctx, r.db, sql, args)
 	}
-	if r.loaded || err == nil && !p.durable && len(p.ids) > 0 {
+	if !quick || err == nil && !p.durable && len(p.ids) > 0 {
 		p, err = r.readDurably(ctx, sql, args)
 	}
 	if err != nil {
@@ -93,7 +94,7 @@ func (r *reader) read(ctx context.Context, sql string, rows int, ours []int16, a
 // page and position to one server process: if that crashes, the page is lost with
 // it. It costs one commit if nobody else's flushes the log in time.
 func (r *reader) readDurably(ctx context.Context, sql string, args []any) (page, error) {
-	tx, err := r.db.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
+	tx, err := r.db.BeginTx(ctx, pgx.TxOptions{BeginQuery: beginSQL})
 	if err != nil {
 		return page{}, err
 	}

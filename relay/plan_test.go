@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"math"
+	"strings"
 	"testing"
 	"time"
 
@@ -193,8 +194,8 @@ func (p *planner) checkAll(when string) {
 		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}, 0.0, nil, nil, nil}},
 		{"blocked keys", 101, p.sql.blocked, []any{all, "", 15}},
 		{"heads", 101, p.sql.heads, []any{pageBytes, 1, everything, blockedLanes, blockedKeys}},
-		{"delete", settleRows, p.sql.delete, []any{ids, messageIDs}},
-		{"delete parked", settleRows, p.sql.deleteParked, []any{ids, messageIDs}},
+		{"delete", settleRows, p.sql.delete, []any{ids, messageIDs, lockWait}},
+		{"delete parked", settleRows, p.sql.deleteParked, []any{ids, messageIDs, lockWait}},
 		{"park", settleRows, p.sql.park, p.verdicts(settleRows, p.outbox, "id")},
 		{"park again", 100, p.sql.repark, append(p.verdicts(100, p.parked, "due_at, id"), time.Hour.Seconds())},
 		{"lease", lanes, p.sql.lease, []any{planOwner, "test", time.Minute, true}},
@@ -230,16 +231,20 @@ func (p *planner) verdicts(n int, table, order string) []any {
 	for i := range l {
 		epochs[i], reasons[i] = 1, "retry"
 	}
-	return []any{planOwner, l, epochs, ids, messageIDs, reasons, spent, delays, errs}
+	return []any{planOwner, l, epochs, ids, messageIDs, reasons, spent, delays, errs, lockWait}
 }
 
-// pagesRead returns how many pages of 8 KiB a statement touches. It is rolled
-// back.
+// pagesRead returns how many pages of 8 KiB a statement touches, and fails the test if
+// PostgreSQL compiles it. It is rolled back.
 func (p *planner) pagesRead(sql string, args []any) int {
 	p.Helper()
 	ctx, cancel := context.WithTimeout(testenv.Context(p), time.Minute)
 	defer cancel()
-	tx, err := p.Begin(ctx)
+	options := pgx.TxOptions{}
+	if strings.HasPrefix(sql, "WITH page") && sql != p.sql.page {
+		options.BeginQuery = beginSQL
+	}
+	tx, err := p.BeginTx(ctx, options)
 	p.must(err)
 	defer tx.Rollback(ctx)
 	var text []byte
@@ -251,7 +256,11 @@ func (p *planner) pagesRead(sql string, args []any) int {
 			Hit  int `json:"Shared Hit Blocks"`
 			Read int `json:"Shared Read Blocks"`
 		}
+		JIT any
 	}
 	p.must(json.Unmarshal(text, &plans))
+	if plans[0].JIT != nil {
+		p.Errorf("compiled: %s", sql)
+	}
 	return plans[0].Plan.Hit + plans[0].Plan.Read
 }

@@ -53,13 +53,16 @@ type reader struct {
 	walking   pace // operators' changes to parked messages go unseen
 }
 
-// pace keeps what may take long to a part of the time.
+// pace keeps what may take long to a part of the time, as long as it takes no more than
+// a fraction of a second.
 type pace struct{ next time.Time }
 
 func (p *pace) due() bool { return !time.Now().Before(p.next) }
 
 // ran records that it was done since began.
-func (p *pace) ran(began time.Time) { p.next = time.Now().Add(scanLoad * time.Since(began)) }
+func (p *pace) ran(began time.Time) {
+	p.next = time.Now().Add(min(scanLoad*time.Since(began), scanEvery))
+}
 
 const (
 	dueEvery    = 500 * time.Millisecond

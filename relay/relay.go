@@ -33,6 +33,7 @@ type Relay struct {
 	counts    counts
 	running   atomic.Bool
 	connected atomic.Bool  // to the broker, at some time
+	upSince   atomic.Int64 // when the common connection was made, by our monotonic clock; 0: there is none
 	stalledAt atomic.Int64 // when a connection was last given up for want of answers; 0: never
 
 	// What can keep the relay from its work.
@@ -70,7 +71,8 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	r.settler = &settler{
 		db: db, sql: sql, hand: r.hand, leases: r.leases, retryFor: cfg.RetryFor, health: &r.settling,
-		dead: r.refusals.dead,
+		lockedWait: lockedFirst,
+		dead:       r.refusals.dead,
 	}
 	return r, nil
 }
@@ -168,7 +170,9 @@ func (r *Relay) publishLoop(ctx, hard context.Context) {
 			r.connected.Store(true)
 			notify(r.leases.look)
 			connected := time.Now()
+			r.upSince.Store(since())
 			err = r.publish(ctx, hard, conn)
+			r.upSince.Store(0)
 			if time.Since(connected) > maxReconnect {
 				wait.Reset()
 			}

@@ -28,14 +28,21 @@ type settler struct {
 	// Those whose rows somebody has locked. They are written when that is over.
 	lockedConfirmed []*message
 	lockedRefused   []verdict
+	lockedWait      time.Duration // until they are tried again
 }
 
 const (
 	settleRows    = 1000
 	settleDelay   = 30 * time.Millisecond // for more to settle at once
 	settleTimeout = 10 * time.Second
-	lockedEvery   = time.Second // rows that were locked are tried again
-	maxAttempts   = 1_000_000_000
+	// Rows that were locked are tried again after that, the longer the longer they are.
+	lockedFirst = time.Second
+	lockedMost  = 10 * time.Second
+	// lockWait is how long a statement waits for a row that somebody has locked, and
+	// lockWaitHalf how long, when it did so in vain, its halves do.
+	lockWait     = "200ms"
+	lockWaitHalf = "1ms"
+	maxAttempts  = 1_000_000_000
 )
 
 // run settles until stop is closed and nothing is left, or ctx ends.
@@ -43,7 +50,7 @@ func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 	for stopping := false; !stopping; {
 		var unlocked <-chan time.Time
 		if len(s.lockedConfirmed)+len(s.lockedRefused) > 0 {
-			unlocked = time.After(lockedEvery)
+			unlocked = time.After(s.lockedWait)
 		}
 		locked := false
 		select {
@@ -63,6 +70,9 @@ func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 			s.lockedConfirmed, s.lockedRefused = nil, nil
 			if !s.settleAll(ctx, confirmed, refused) {
 				return
+			}
+			if s.lockedWait = min(2*s.lockedWait, lockedMost); len(s.lockedConfirmed)+len(s.lockedRefused) == 0 {
+				s.lockedWait = lockedFirst
 			}
 		}
 		for more := true; more; more = stopping || s.hand.muchToSettle() {
@@ -119,7 +129,7 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 			fresh = append(fresh, m)
 		}
 	}
-	moved, locked, err := s.deleteFresh(ctx, fresh)
+	moved, locked, err := s.deleteFresh(ctx, fresh, lockWait)
 	if err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
 	}
@@ -142,21 +152,21 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 
 // deleteFresh deletes messages from outbox. It returns those some of which another owner
 // of the lane has parked, and those that somebody has locked.
-func (s *settler) deleteFresh(ctx context.Context, ms []*message) (moved, locked []*message, err error) {
+func (s *settler) deleteFresh(ctx context.Context, ms []*message, wait string) (moved, locked []*message, err error) {
 	if len(ms) == 0 {
 		return nil, nil, nil
 	}
 	ids, messageIDs := identities(ms)
-	gone, err := s.exec(ctx, s.sql.delete, ids, messageIDs)
+	gone, err := s.exec(ctx, s.sql.delete, ids, messageIDs, wait)
 	switch {
 	case isLocked(err) && len(ms) == 1:
 		return nil, ms, nil
 	case isLocked(err): // the locked ones are in one half or both
 		half := len(ms) / 2
-		moved, locked, err = s.deleteFresh(ctx, ms[:half])
+		moved, locked, err = s.deleteFresh(ctx, ms[:half], lockWaitHalf)
 		if err == nil {
 			var more, moreLocked []*message
-			more, moreLocked, err = s.deleteFresh(ctx, ms[half:])
+			more, moreLocked, err = s.deleteFresh(ctx, ms[half:], lockWaitHalf)
 			moved, locked = append(moved, more...), append(locked, moreLocked...)
 		}
 		return moved, locked, err
@@ -174,7 +184,7 @@ func (s *settler) deleteParked(ctx context.Context, ms []*message) (left map[int
 		return left, nil
 	}
 	ids, messageIDs := identities(ms)
-	if gone, err := s.exec(ctx, s.sql.deleteParked, ids, messageIDs); err != nil || gone == len(ms) {
+	if gone, err := s.exec(ctx, s.sql.deleteParked, ids, messageIDs, lockWait); err != nil || gone == len(ms) {
 		return left, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
@@ -214,7 +224,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 			fresh = append(fresh, v)
 		}
 	}
-	locked, err := s.parkFresh(ctx, fresh)
+	locked, err := s.parkFresh(ctx, fresh, lockWait)
 	if err != nil {
 		return fmt.Errorf("park refused messages: %w", err)
 	}
@@ -238,19 +248,19 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 }
 
 // parkFresh moves messages out of outbox. It returns those that somebody has locked.
-func (s *settler) parkFresh(ctx context.Context, fresh []verdict) (locked []verdict, err error) {
+func (s *settler) parkFresh(ctx context.Context, fresh []verdict, wait string) (locked []verdict, err error) {
 	if len(fresh) == 0 {
 		return nil, nil
 	}
-	_, err = s.exec(ctx, s.sql.park, s.arrays(fresh)...)
+	_, err = s.exec(ctx, s.sql.park, append(s.arrays(fresh), wait)...)
 	switch {
 	case isLocked(err) && len(fresh) == 1:
 		return fresh, nil
 	case isLocked(err):
 		half := len(fresh) / 2
 		var more []verdict
-		if locked, err = s.parkFresh(ctx, fresh[:half]); err == nil {
-			more, err = s.parkFresh(ctx, fresh[half:])
+		if locked, err = s.parkFresh(ctx, fresh[:half], lockWaitHalf); err == nil {
+			more, err = s.parkFresh(ctx, fresh[half:], lockWaitHalf)
 		}
 		return append(locked, more...), err
 	}
@@ -261,7 +271,7 @@ func (s *settler) parkFresh(ctx context.Context, fresh []verdict) (locked []verd
 func (s *settler) parkAgain(ctx context.Context, refused []verdict) (died map[int64]bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	rows, err := s.db.Query(ctx, s.sql.repark, append(append([]any{unplanned}, s.arrays(refused)...), s.retryFor.Seconds())...)
+	rows, err := s.db.Query(ctx, s.sql.repark, append(append([]any{unplanned}, s.arrays(refused)...), lockWait, s.retryFor.Seconds())...)
 	if err != nil {
 		return nil, err
 	}

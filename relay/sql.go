@@ -25,6 +25,7 @@ func newStatements(schema string) statements {
 		"{parked}", pgx.Identifier{schema, "outbox_parked"}.Sanitize(),
 		"{relay}", pgx.Identifier{schema, "outbox_relay"}.Sanitize(),
 		"{lane}", pgx.Identifier{schema, "outbox_lane"}.Sanitize(),
+		"{wait}", "$10::text",
 	)
 	return statements{
 		lease: replacer.Replace(leaseSQL), release: replacer.Replace(releaseSQL),
@@ -33,8 +34,8 @@ func newStatements(schema string) statements {
 		pages: replacer.Replace(strings.Replace(pageSQL, "{ids}", idsOfSpans, 1)),
 		due:   replacer.Replace(dueSQL), flushed: flushedSQL,
 		blocked: replacer.Replace(blockedSQL), heads: replacer.Replace(headsSQL),
-		delete:       replacer.Replace(strings.NewReplacer("{table}", "{outbox}", "{lock}", "").Replace(deleteSQL)),
-		deleteParked: replacer.Replace(strings.NewReplacer("{table}", "{parked}", "{lock}", "FOR UPDATE SKIP LOCKED").Replace(deleteSQL)),
+		delete:       replacer.Replace(strings.NewReplacer("{table}", "{outbox}", "{lock}", "", "{wait}", "$3::text").Replace(deleteSQL)),
+		deleteParked: replacer.Replace(strings.NewReplacer("{table}", "{parked}", "{lock}", "FOR UPDATE SKIP LOCKED", "{wait}", "$3::text").Replace(deleteSQL)),
 		leftParked:   replacer.Replace(leftParkedSQL),
 		park:         replacer.Replace(parkSQL), repark: replacer.Replace(reparkSQL),
 	}
@@ -221,6 +222,10 @@ const headsSQL = `WITH page AS (
 		) AS d
 	)` + headSQL
 
+// beginSQL begins the transaction of a read. Compiling would take a hundred times as long
+// as reading: the planner takes each gap, and each key, for a part of the table.
+const beginSQL = `BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off`
+
 // flushedSQL asks whether the log is on disk up to $1.
 const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
 
@@ -232,11 +237,11 @@ const emitSQL = `SELECT set_config('synchronous_commit', 'local', true), pg_logi
 // such as an operator who deletes it. In outbox_parked it passes over such rows; in
 // outbox, where nobody has a reason to, it gives up with 55P03: passing over would need
 // the right to UPDATE.
-const settings = `(SELECT set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', '200ms', true))`
+const settings = `(SELECT set_config('synchronous_commit', 'off', true) || set_config('lock_timeout', {wait}, true))`
 
 // deleteSQL removes confirmed messages from one of the two tables by primary key,
 // one look-up for each whatever the planner thinks of the table's size. Ids alone
-// do not do: after a fail-over they can be issued again.
+// do not do: after a fail-over they can be issued again. It waits for a lock for $3.
 const deleteSQL = `DELETE FROM {table} WHERE ctid = ANY(ARRAY(
 		SELECT o.ctid FROM unnest($1::bigint[], $2::uuid[]) AS c (id, message_id)
 		CROSS JOIN LATERAL (SELECT ctid, message_id FROM {table} WHERE id = c.id ORDER BY id LIMIT 1 {lock}) AS o
@@ -249,7 +254,7 @@ const leftParkedSQL = `SELECT c.id FROM unnest($1::bigint[], $2::uuid[]) AS c (i
 // refusedRows is what parkSQL and reparkSQL share: the verdicts, one array per
 // column, of those messages whose lane is still ours. The lanes' rows are locked
 // by FOR SHARE: a test by EXISTS alone lets a write through that began before a
-// takeover committed.
+// takeover committed. They wait for a lock for $10.
 const refusedRows = `lanes AS MATERIALIZED (
 		SELECT l.lane FROM {lane} AS l, (SELECT ` + settings + `) AS settings
 		WHERE l.owner = $1 AND (l.lane, l.epoch) IN (SELECT * FROM unnest($2::smallint[], $3::bigint[]))
@@ -273,7 +278,7 @@ const parkSQL = `WITH ` + refusedRows + `, moved AS (
 
 // reparkSQL records another verdict on messages that were parked already, other than
 // those that somebody has locked: they stay due. From its first refusal a message has
-// $10 seconds until it is dead, which is returned.
+// $11 seconds until it is dead, which is returned.
 const reparkSQL = `WITH ` + refusedRows + `
 	UPDATE {parked} AS p SET
 		reason = v.reason,
@@ -284,7 +289,7 @@ const reparkSQL = `WITH ` + refusedRows + `
 		created_at = CASE p.reason WHEN 'scheduled' THEN greatest(p.created_at, p.due_at) ELSE p.created_at END
 	FROM refused AS r, LATERAL (
 		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > q.attempts AND q.reason = 'retry' AND q.attempts > 0
-				AND q.parked_at < clock_timestamp() - $10 * interval '1 second'
+				AND q.parked_at < clock_timestamp() - $11 * interval '1 second'
 			THEN 'dead' ELSE r.reason END AS reason
 		FROM {parked} AS q WHERE q.id = r.id ORDER BY q.id LIMIT 1 FOR UPDATE SKIP LOCKED
 	) AS v
