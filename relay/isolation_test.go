@@ -115,20 +115,20 @@ func TestSilentQueueAndLostConnectionsLetNothingDie(t *testing.T) {
 		b.must(err)
 	}
 	eval("suspend")
-	held, good := b.messages(3, noKey), b.messages(200, noKey)
+	held, good := b.messages(1, noKey), b.messages(200, noKey)
 	for i := range held {
 		held[i].Exchange = silent
 	}
 	r, _ := b.start(brisk)
 	testenv.Eventually(t, 20*time.Second, "ready", func() bool { return r.Ready() == nil })
 	b.write(append(held, good[:20]...)...)
-	for i := range 10 { // sooner than it can tell that the queue is silent
+	for i := range 12 { // sooner than it can tell that the queue is silent
 		b.must(pauseFor(t, time.Second))
 		b.write(good[20+2*i : 22+2*i]...) // others get through meanwhile
 		way.shut()
 		way.open()
 	}
-	b.write(good[40:]...)
+	b.write(good[44:]...)
 	b.checkAll(b.drain(b.queue, len(good)), good, 4*inFlight)
 	b.eventuallyCount("outbox", 0)
 	if found := b.reasons(); found["retry"] != len(held) {
