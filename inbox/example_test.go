@@ -34,7 +34,8 @@ func ExampleNewConsumer() {
 			if err := ch.ExchangeDeclare("orders", "topic", true, false, false, false, nil); err != nil {
 				return err
 			}
-			if _, err := ch.QueueDeclare("payments", true, false, false, false, amqp.Table{"x-queue-type": "quorum"}); err != nil {
+			queue := amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": -1}
+			if _, err := ch.QueueDeclare("payments", true, false, false, false, queue); err != nil {
 				return err
 			}
 			return ch.QueueBind("payments", "order.*", "orders", false, nil)

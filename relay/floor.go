@@ -18,8 +18,11 @@ var errGoneBack = errors.New("the sequence has gone back: another server answers
 // a while it asks, at a fraction of the cost of a page, whether an id was drawn. Now and
 // then a page is read all the same: ids need not come from the sequence.
 func (r *reader) look(ctx context.Context) (drawn bool, err error) {
-	r.noParked = false // until that was asked
-	if !r.idling || len(r.gaps.groups) > 0 || time.Since(r.readAt) >= dueEvery {
+	if !r.idling || len(r.gaps.groups) > 0 {
+		r.noParked = false // for all that is known without asking
+		return true, nil
+	}
+	if time.Since(r.readAt) >= dueEvery {
 		return true, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
