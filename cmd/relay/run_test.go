@@ -87,7 +87,7 @@ func TestRunWaitsForServersThatAreDown(t *testing.T) {
 	relay := start(t, []string{"DATABASE_URL=" + database.URL(), "AMQP_URL=" + broker.URL()}, "run", "--schema", db.Schema)
 	relay.output.has(t, "database fails")
 	must(t, database.Start(testenv.Context(t)))
-	relay.output.has(t, "lease of lanes works")
+	relay.output.has(t, "database works")
 	relay.output.has(t, "broker fails")
 	must(t, broker.Start(testenv.Context(t)))
 	conn, err = amqp.Dial(broker.URL())
@@ -100,6 +100,7 @@ func TestRunWaitsForServersThatAreDown(t *testing.T) {
 		must(t, err)
 		return q.Messages == 1
 	})
+	relay.output.has(t, "lease of lanes works")
 	relay.signal(t, syscall.SIGTERM)
 	if code := relay.exit(t); code != 0 {
 		t.Errorf("exit code %d:\n%s", code, relay.output)
