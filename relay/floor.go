@@ -61,10 +61,9 @@ func (r *reader) readNew(ctx context.Context, ours []int16) (added int, err erro
 	if err != nil {
 		return 0, err
 	}
-	if late := r.gaps.ended(p.running); len(late) > 0 || many {
+	if many || len(r.gaps.ended(p.running)) > 0 {
 		// What was committed into these gaps comes before this page.
-		r.late, r.lateSeen = append(late, r.gaps.fresh()...), p.running
-		slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
+		r.beginLate(p.running)
 		if added, err = r.readLate(ctx, ours); err != nil || len(r.late) > 0 {
 			return added, err // the rest of them first
 		}
@@ -92,9 +91,16 @@ const (
 func (r *reader) readLate(ctx context.Context, ours []int16) (added int, err error) {
 	for len(r.late) > 0 && !r.hand.full() {
 		spans := first(r.late)
+		began := time.Now()
 		p, err := r.readSpans(ctx, spans, ours)
 		if err != nil {
 			return added, err
+		}
+		if r.gaps.endings(p.running) > r.gaps.endings(r.lateSeen) {
+			// What ended since may have filled other gaps too, with what comes first.
+			r.readAt = began
+			r.beginLate(p.running)
+			continue
 		}
 		added += r.hand.admit(p.messages)
 		r.gaps.fill(p.ids)
@@ -113,6 +119,12 @@ func (r *reader) readLate(ctx context.Context, ours []int16) (added int, err err
 		r.gaps.looked(r.lateSeen, r.readAt)
 	}
 	return max(added, 1), nil
+}
+
+// beginLate notes which gaps may have been filled by what s shows, or be filled unseen.
+func (r *reader) beginLate(s snapshot) {
+	r.late, r.lateSeen = append(r.gaps.ended(s), r.gaps.fresh()...), s
+	slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
 }
 
 // first returns those of spans that are looked into at once.

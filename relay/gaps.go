@@ -73,6 +73,17 @@ func (g *gaps) ended(s snapshot) []span {
 	return all
 }
 
+// endings counts, for each gap that is settled, the transactions that have ended in s of
+// those that could fill it.
+func (g *gaps) endings(s snapshot) (n int) {
+	for _, group := range g.groups {
+		if group.settled {
+			n += group.fillers.size() - s.running(group.fillers).size()
+		}
+	}
+	return n
+}
+
 // looked records that a read with snapshot s, which began then, has looked into what
 // fresh and ended returned. Gaps that nobody can fill any more are forgotten.
 func (g *gaps) looked(s snapshot, began time.Time) {

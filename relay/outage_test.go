@@ -140,7 +140,9 @@ func TestAlarmsAndRotatedPasswordCostNothing(t *testing.T) {
 	} {
 		t.Run(alarm.name, func(t *testing.T) {
 			command := map[string]string{"memory": "set_vm_memory_high_watermark", "disk": "set_disk_free_limit"}[alarm.name]
-			o := outageAt(setupAt(t, testenv.DatabaseURL(t), broker.URL()), brisk)
+			o := outageAt(setupAt(t, testenv.DatabaseURL(t), broker.URL()), func(_ *relay.Config, pub *relay.RabbitMQConfig) {
+				pub.ConfirmTimeout, pub.WriteTimeout = 4*time.Second, time.Second
+			})
 			ctl(command, alarm.set)
 			defer ctl(command, alarm.clear)
 			large := o.messages(8, noKey)
@@ -150,7 +152,7 @@ func TestAlarmsAndRotatedPasswordCostNothing(t *testing.T) {
 			o.write(large...) // the broker stops reading as the first of them begins
 			o.sent = append(o.sent, large...)
 			o.notReady(alarm.name)
-			time.Sleep(2 * time.Second) // longer than ConfirmTimeout
+			time.Sleep(5 * time.Second) // longer than ConfirmTimeout
 			o.writeMore(200)
 			ctl(command, alarm.clear)
 			o.over(12)
