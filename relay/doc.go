@@ -102,8 +102,8 @@
 // the next look, and before what was written after it. So the relay passes neither
 // over the rows that it has deleted, however long somebody's snapshot keeps them,
 // nor waits for anybody's transaction. In outbox_parked, where nothing is in order, it
-// passes over such rows for a fiftieth of its time; in between it finds what has become
-// due within a minute.
+// passes over such rows only now and then; in between it finds what has become due
+// within the last minute.
 //
 // # A lane
 //

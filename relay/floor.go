@@ -121,7 +121,7 @@ func (r *reader) readLate(ctx context.Context, ours []int16) (added int, err err
 	return max(added, 1), nil
 }
 
-// beginLate notes which gaps may have been filled by what s shows, or be filled unseen.
+// beginLate notes the gaps into which a read with snapshot s, or a later one, must look.
 func (r *reader) beginLate(s snapshot) {
 	r.late, r.lateSeen = append(r.gaps.ended(s), r.gaps.fresh()...), s
 	slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 )
@@ -258,29 +257,6 @@ func (h *hand) retryAll(ms []*message) {
 			h.push(m)
 		}
 	}
-}
-
-// takeAlone takes the next message that is to be published alone: first those on trial,
-// for which others wait.
-func (h *hand) takeAlone(int) []*message {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	i := slices.IndexFunc(h.alone, func(m *message) bool { return m.onTrial })
-	if i < 0 {
-		if len(h.alone) == 0 || h.probing >= probers/2 {
-			return nil
-		}
-		i = 0
-		h.alone[0].probing = true
-		h.probing++
-	}
-	m := h.alone[i]
-	h.alone = slices.Delete(h.alone, i, i+1)
-	h.taken[m.lane]++
-	if len(h.alone) > 0 {
-		notify(h.probes)
-	}
-	return []*message{m}
 }
 
 // toSettle hands over at most max confirmed and max refused messages.

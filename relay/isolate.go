@@ -158,7 +158,7 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 // stood says that the common connection has stood since then, so that what ended
 // another was not something that ends all.
 func (r *Relay) stood(ctx context.Context, then int64) bool {
-	_ = pause(ctx, endTogether)
+	_ = pause(ctx, endTogether) // at a stop what follows decides nothing
 	up := r.upSince.Load()
 	return up != 0 && up < then
 }

@@ -152,7 +152,7 @@ func TestAlarmsAndRotatedPasswordCostNothing(t *testing.T) {
 			o.write(large...) // the broker stops reading as the first of them begins
 			o.sent = append(o.sent, large...)
 			o.notReady(alarm.name)
-			time.Sleep(5 * time.Second) // longer than ConfirmTimeout
+			o.must(pauseFor(t, 5*time.Second)) // longer than ConfirmTimeout
 			o.writeMore(200)
 			ctl(command, alarm.clear)
 			o.over(12)
@@ -213,7 +213,7 @@ func rotatePassword(t *testing.T, broker *servers.RabbitMQ, ctl func(...string))
 	ctl("close_all_user_connections", user, "rotated")
 	o.writeMore(200)
 	o.notReady("broker")
-	time.Sleep(time.Second)
+	o.must(pauseFor(t, time.Second))
 	password.Store("second")
 	o.over(12)
 }

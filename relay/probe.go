@@ -1,6 +1,9 @@
 package relay
 
-import "context"
+import (
+	"context"
+	"slices"
+)
 
 // probe publishes what is to be published alone, until ctx ends: the probes of
 // suspects, what is on trial, and what may have closed a channel. Each time it does
@@ -29,4 +32,27 @@ func (r *Relay) probe(ctx, hard context.Context) {
 			}
 		}
 	}
+}
+
+// takeAlone takes the next message that is to be published alone: first those on trial,
+// for which others wait.
+func (h *hand) takeAlone(int) []*message {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	i := slices.IndexFunc(h.alone, func(m *message) bool { return m.onTrial })
+	if i < 0 {
+		if len(h.alone) == 0 || h.probing >= probers/2 {
+			return nil
+		}
+		i = 0
+		h.alone[0].probing = true
+		h.probing++
+	}
+	m := h.alone[i]
+	h.alone = slices.Delete(h.alone, i, i+1)
+	h.taken[m.lane]++
+	if len(h.alone) > 0 {
+		notify(h.probes)
+	}
+	return []*message{m}
 }
