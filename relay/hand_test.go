@@ -158,3 +158,28 @@ func TestTrialsGoBeforeProbesAndProbesLeaveThemRoom(t *testing.T) {
 		t.Error("no probe follows one that has its answer")
 	}
 }
+
+// A key was blocked when its lane was lost. What is parked of it then, if anything, the
+// next owner decides, who may be the same relay.
+func TestBlockedKeyIsForgottenWithItsLane(t *testing.T) {
+	h := newHand()
+	head := newMessage(1, "k", "q")
+	head.parked, head.behind = true, true
+	h.admit([]*message{head})
+	follower := newMessage(2, "k", "q")
+	follower.behind = true
+	h.admit([]*message{follower})
+	if _, refused := h.toSettle(10); len(refused) != 1 {
+		t.Fatalf("%d parked behind the head", len(refused))
+	}
+	h.settled(follower, true)
+	h.readEnded()
+	for _, m := range h.take(10) {
+		h.drop(m)
+	}
+	h.startOver(func(lane int16) bool { return lane == head.lane })
+	h.admit([]*message{newMessage(3, "k", "q")})
+	if _, refused := h.toSettle(10); len(refused) != 0 || len(h.take(10)) != 1 {
+		t.Error("a message was parked behind a head that is gone")
+	}
+}

@@ -35,7 +35,7 @@ type leases struct {
 	owner    uuid.UUID    // fresh for each process, and after each lapse
 	epochs   [lanes]int64 // 0: not ours
 	deadline int64        // of the lease, by our own monotonic clock; 0: none yet
-	draining [lanes]bool  // not published from any more, to be released
+	draining [lanes]int64 // epochs of those not published from any more, to be released; 0: none
 }
 
 // round is how often the lanes are looked at; a dead relay's lanes are taken
@@ -89,7 +89,7 @@ func (l *leases) lapse() {
 	}
 	l.lost.Add(1)
 	l.log.Warn("relay: lease ended before it was renewed; all lanes given up")
-	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]bool{}, 0
+	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]int64{}, 0
 }
 
 // run keeps the lease and the fair share of lanes until ctx ends.
@@ -165,7 +165,7 @@ func (l *leases) once(ctx context.Context, renew bool) error {
 func (l *leases) retire(ctx context.Context) error {
 	l.mu.Lock()
 	former, held := l.owner, l.deadline != 0
-	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]bool{}, 0
+	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]int64{}, 0
 	l.mu.Unlock()
 	if !held {
 		return nil
@@ -214,10 +214,11 @@ func (l *leases) adopt(owner uuid.UUID, owned map[int16]int64, sent int64, renew
 	}
 	for lane := range l.epochs {
 		epoch := owned[int16(lane)]
-		if epoch == 0 {
-			l.draining[lane] = false
+		if epoch != 0 && l.draining[lane] == epoch {
+			continue
 		}
-		if !l.draining[lane] && l.epochs[lane] != epoch {
+		l.draining[lane] = 0 // released, and perhaps taken again
+		if l.epochs[lane] != epoch {
 			l.epochs[lane] = epoch
 			notify(l.changed)
 		}
@@ -234,10 +235,10 @@ func (l *leases) giveUp(ctx context.Context, share int) error {
 	for lane := range l.epochs {
 		if l.epochs[lane] != 0 {
 			if kept++; kept > share {
-				l.epochs[lane], l.draining[lane] = 0, true
+				l.epochs[lane], l.draining[lane] = 0, l.epochs[lane]
 			}
 		}
-		if l.draining[lane] && l.hand.empty(lane) {
+		if l.draining[lane] != 0 && l.hand.empty(lane) {
 			empty = append(empty, int16(lane))
 		}
 	}

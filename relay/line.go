@@ -125,13 +125,14 @@ func (h *hand) readmit(lines []*line, page []*message, to int64) (added int) {
 	return added
 }
 
-// forgetPassed forgets what was passed over in the lanes that want says, since all
-// of them is read anew.
-func (h *hand) forgetPassed(want func(lane int16) bool) {
+// startOver forgets what was passed over or blocked in the lanes that want says, since
+// all of them is read anew, under another epoch or after a failure.
+func (h *hand) startOver(want func(lane int16) bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for l := range h.passed {
+	for _, l := range h.lines {
 		if want(l.lane) {
+			l.blocked = l.blocked && l.unsettled > 0
 			h.endPassing(l)
 		}
 	}

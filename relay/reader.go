@@ -142,7 +142,7 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 			r.slow++
 		}
 		r.floor, r.gaps, r.late, r.scan = 0, gaps{}, nil, scan{}
-		r.hand.forgetPassed(func(int16) bool { return true })
+		r.hand.startOver(func(int16) bool { return true })
 	}
 	r.loaded = added > 0
 	return added, err
@@ -282,7 +282,7 @@ func (r *reader) lanes() []int16 {
 		}
 	}
 	if any {
-		r.hand.forgetPassed(func(lane int16) bool { return changed[lane] })
+		r.hand.startOver(func(lane int16) bool { return changed[lane] })
 	}
 	return ours
 }

@@ -1,0 +1,115 @@
+package relay
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"testing"
+
+	"github.com/txbox/txbox/internal/testenv"
+)
+
+// sharers are the leases of several relays, without the relays.
+type sharers struct {
+	*testing.T
+	ctx context.Context
+	db  *testenv.DB
+	all []*leases
+}
+
+func newSharers(t *testing.T, n int) *sharers {
+	t.Helper()
+	s := &sharers{T: t, ctx: testenv.Context(t), db: testenv.Schema(t)}
+	for range n {
+		pub, err := RabbitMQ(testenv.AMQPURL(t), RabbitMQConfig{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := New(s.db.Pool, pub, Config{Schema: s.db.Schema, Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.leases.useless = func() bool { return false }
+		s.all = append(s.all, r.leases)
+	}
+	return s
+}
+
+func (s *sharers) must(err error) {
+	s.Helper()
+	if err != nil {
+		s.Fatal(err)
+	}
+}
+
+// inMemory is how many lanes a relay reads and publishes.
+func inMemory(l *leases) (n int) {
+	for _, epoch := range l.owned() {
+		if epoch != 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// A relay that gave up lanes since it was to share them has them back if the other is
+// gone by its next round.
+func TestLanesThatWereGivenUpAreTakenBack(t *testing.T) {
+	t.Parallel()
+	s := newSharers(t, 2)
+	a, b := s.all[0], s.all[1]
+	s.must(a.once(s.ctx, true))
+	s.must(b.once(s.ctx, true)) // finds nothing free, and counts
+	s.must(a.once(s.ctx, true)) // releases its half
+	if n := inMemory(a); n != lanes/2 {
+		t.Fatalf("%d lanes with two relays, not %d", n, lanes/2)
+	}
+	s.must(b.retire(s.ctx))
+	s.must(a.once(s.ctx, true))
+	if n := inMemory(a); n != lanes {
+		t.Errorf("%d lanes once the other was gone, not %d", n, lanes)
+	}
+}
+
+// However relays come, go, and empty their lanes: once all is quiet each has its share,
+// and what it takes for its own is its own.
+func TestLanesEndUpFairlyShared(t *testing.T) {
+	t.Parallel()
+	s := newSharers(t, 4)
+	for round := range 40 {
+		for range 30 {
+			l := s.all[rand.IntN(len(s.all))]
+			switch rand.IntN(6) {
+			case 0:
+				s.must(l.retire(s.ctx))
+			case 1: // something of a lane comes into the hand, or leaves it
+				l.hand.unsettled[rand.IntN(lanes)] = rand.IntN(2)
+			case 2:
+				l.mu.Lock()
+				if l.deadline != 0 { // a lease that ends, the row of which stays for a while
+					l.deadline = 1
+				}
+				l.lapse()
+				l.mu.Unlock()
+			default:
+				s.must(l.once(s.ctx, rand.IntN(2) == 0))
+			}
+		}
+		// What lapsed is not live for longer than its lease.
+		_, err := s.db.Exec(s.ctx, "DELETE FROM "+s.db.Table("outbox_relay"))
+		s.must(err)
+		for range 4 {
+			for _, l := range s.all {
+				l.hand.unsettled = [lanes]int{}
+				s.must(l.once(s.ctx, true))
+			}
+		}
+		for i, l := range s.all {
+			var inTable int
+			s.must(s.db.QueryRow(s.ctx, "SELECT count(*) FROM "+s.db.Table("outbox_lane")+" WHERE owner = $1", l.identity()).Scan(&inTable))
+			if n := inMemory(l); n != lanes/len(s.all) || inTable != n {
+				t.Fatalf("round %d: relay %d has %d lanes, by the table %d; not %d", round, i, n, inTable, lanes/len(s.all))
+			}
+		}
+	}
+}
