@@ -95,7 +95,9 @@ func (r *reader) readBlocked(ctx context.Context, ours []int16) (added int, err 
 		laneIDs[i], names[i] = k.lane, k.key
 	}
 	perKey := max(1, lineRows/len(keys))
-	p, err := r.read(ctx, r.sql.heads, perKey, ours, laneIDs, names)
+	p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
+		return r.read(ctx, db, r.sql.heads, perKey, ours, laneIDs, names)
+	})
 	if err != nil {
 		r.hand.lookAgain(keys)
 		return 0, err
@@ -116,9 +118,9 @@ func (r *reader) readBlocked(ctx context.Context, ours []int16) (added int, err 
 	}
 	for _, m := range due {
 		_, held := stop[m.key]
-		m.parked, m.behind = true, held || p.cut || found[m.key] >= perKey
+		m.parked, m.behind = true, held || p.cut() || found[m.key] >= perKey
 	}
-	if p.cut {
+	if p.cut() {
 		r.hand.lookAgain(keys)
 	}
 	return r.hand.admit(due), nil

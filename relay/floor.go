@@ -45,86 +45,99 @@ func (r *reader) look(ctx context.Context) (drawn bool, err error) {
 
 // readNew reads what is above the floor or in a gap.
 func (r *reader) readNew(ctx context.Context, ours []int16) (added int, err error) {
-	if len(r.late) > 0 {
-		return r.readLate(ctx, ours)
-	}
 	r.readAt = time.Now()
-	spans := r.gaps.fresh()
-	many := len(first(spans)) < len(spans)
-	if many {
-		spans = nil
-	}
-	p, err := r.readSpans(ctx, append(spans, span{r.floor + 1, math.MaxInt64}), ours)
-	if err == nil && p.drawn < r.floor {
-		err = errGoneBack
-	}
+	p, err := r.readPage(ctx, ours)
 	if err != nil {
 		return 0, err
 	}
-	if many || len(r.gaps.ended(p.running)) > 0 {
-		// What was committed into these gaps comes before this page.
-		r.beginLate(p.running)
-		if added, err = r.readLate(ctx, ours); err != nil || len(r.late) > 0 {
-			return added, err // the rest of them first
-		}
-	} else if !p.cut || p.ids[len(p.ids)-1] > r.floor { // the page got through all gaps
-		r.gaps.looked(p.running, r.readAt)
-	}
-	added += r.hand.admit(p.messages)
+	r.gaps.looked(p.running, r.readAt, p.upTo)
+	added = r.hand.admit(p.messages)
 	r.gaps.fill(p.ids)
 	r.raise(p)
-	if p.cut {
+	if p.cut() {
 		added = max(added, 1)
 	}
 	return added, nil
 }
 
-// So many gaps are looked into at once, and not many more rows: a page at most of each.
-const (
-	lateSpans = 1000
-	lateRows  = 10 * pageRows
-)
-
-// readLate reads what is in the gaps that may have been filled, in the order of ids,
-// until that is done or the hand is full. A long transaction can leave tens of thousands
-// of gaps, or large ones.
-func (r *reader) readLate(ctx context.Context, ours []int16) (added int, err error) {
-	for len(r.late) > 0 && !r.hand.full() {
-		spans := first(r.late)
-		began := time.Now()
-		p, err := r.readSpans(ctx, spans, ours)
-		if err != nil {
-			return added, err
+// readPage reads, in one snapshot, what is above the floor, in a fresh gap, or in one
+// that may have been filled by then.
+func (r *reader) readPage(ctx context.Context, ours []int16) (p page, err error) {
+	fresh := r.gaps.fresh()
+	many := len(first(fresh)) < len(fresh)
+	late := func(s snapshot) []span { // what the page itself does not bring
+		spans := r.gaps.ended(s)
+		if many {
+			spans = append(spans, fresh...)
 		}
-		if r.gaps.endings(p.running) > r.gaps.endings(r.lateSeen) {
-			// What ended since may have filled other gaps too, with what comes first.
-			r.readAt = began
-			r.beginLate(p.running)
-			continue
+		slices.SortFunc(spans, func(a, b span) int { return cmp.Compare(a.low, b.low) })
+		return spans
+	}
+	read := func(ctx context.Context, db querier) (page, error) {
+		spans := []span{{r.floor + 1, math.MaxInt64}}
+		if !many {
+			spans = slices.Concat(fresh, spans)
 		}
-		added += r.hand.admit(p.messages)
-		r.gaps.fill(p.ids)
-		last := spans[len(spans)-1].high
-		if p.cut {
-			last = p.ids[len(p.ids)-1]
+		p, err := r.readSpans(ctx, db, spans, ours)
+		if err == nil && p.drawn < r.floor {
+			err = errGoneBack
 		}
-		for len(r.late) > 0 && r.late[0].high <= last {
-			r.late = r.late[1:]
-		}
-		if len(r.late) > 0 {
-			r.late[0].low = max(r.late[0].low, last+1)
+		return p, err
+	}
+	if !r.loaded && len(fresh) == 0 { // one round trip does, mostly
+		quick, cancel := context.WithTimeout(ctx, r.limit())
+		defer cancel()
+		p, err = read(quick, r.db)
+		if err != nil || (p.durable || len(p.ids) == 0) && len(late(p.running)) == 0 {
+			return p, err
 		}
 	}
-	if len(r.late) == 0 {
-		r.gaps.looked(r.lateSeen, r.readAt)
-	}
-	return max(added, 1), nil
+	return r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
+		p, err := read(ctx, db)
+		if err == nil {
+			err = r.readLate(ctx, db, ours, &p, late(p.running))
+		}
+		return p, err
+	})
 }
 
-// beginLate notes the gaps into which a read with snapshot s, or a later one, must look.
-func (r *reader) beginLate(s snapshot) {
-	r.late, r.lateSeen = append(r.gaps.ended(s), r.gaps.fresh()...), s
-	slices.SortFunc(r.late, func(a, b span) int { return cmp.Compare(a.low, b.low) })
+const (
+	// So many gaps are looked into at once, and not many more rows: a page at most of each.
+	lateSpans = 1000
+	lateRows  = 10 * pageRows
+	// lateFor is how long a snapshot is kept for it.
+	lateFor = time.Second
+)
+
+// readLate adds to a page what is in spans, in the order of ids, until a page is full. A
+// long transaction can leave tens of thousands of gaps, or large ones.
+func (r *reader) readLate(ctx context.Context, db querier, ours []int16, p *page, spans []span) error {
+	if len(spans) == 0 {
+		return nil
+	}
+	began, rows, bytes, upTo := time.Now(), 0, 0, int64(0)
+	for len(spans) > 0 && rows < pageRows && bytes < pageBytes && time.Since(began) < lateFor {
+		now := first(spans)
+		found, err := r.readSpans(ctx, db, now, ours)
+		if err != nil {
+			return err
+		}
+		p.messages, p.ids = append(p.messages, found.messages...), append(p.ids, found.ids...)
+		rows += len(found.ids)
+		for _, m := range found.messages {
+			bytes += len(m.payload)
+		}
+		upTo = min(found.upTo, now[len(now)-1].high)
+		_, spans = split(spans, upTo)
+	}
+	p.sort()
+	if len(spans) == 0 {
+		upTo = all
+	}
+	if upTo = min(upTo, p.upTo); upTo != all {
+		p.cutAt(upTo)
+	}
+	return nil
 }
 
 // first returns those of spans that are looked into at once.
@@ -151,10 +164,10 @@ func (r *reader) raise(p page) {
 		}
 	}
 	to := p.drawn
-	if p.cut && len(above) == 0 {
+	if p.cut() && len(above) == 0 {
 		return
 	}
-	if p.cut || len(above) > 0 {
+	if p.cut() || len(above) > 0 {
 		to = above[len(above)-1]
 	}
 	if to > r.floor {

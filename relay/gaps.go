@@ -73,30 +73,14 @@ func (g *gaps) ended(s snapshot) []span {
 	return all
 }
 
-// endings counts, for each gap that is settled, the transactions that have ended in s of
-// those that could fill it.
-func (g *gaps) endings(s snapshot) (n int) {
-	for _, group := range g.groups {
-		if group.settled {
-			n += group.fillers.size() - s.running(group.fillers).size()
-		}
-	}
-	return n
-}
-
 // looked records that a read with snapshot s, which began then, has looked into what
-// fresh and ended returned. Gaps that nobody can fill any more are forgotten.
-func (g *gaps) looked(s snapshot, began time.Time) {
-	kept := g.groups[:0]
-	for _, group := range g.groups {
-		switch {
-		case group.settled:
-			group.fillers = s.running(group.fillers)
-		case began.Sub(group.since) >= gapMoment:
-			group.settled, group.fillers = true, s
-		}
+// fresh and ended returned, up to the id upTo. Gaps that nobody can fill any more are
+// forgotten.
+func (g *gaps) looked(s snapshot, began time.Time, upTo int64) {
+	var kept []gapGroup
+	keep := func(group gapGroup) {
 		if group.settled && group.fillers.size() == 0 || len(group.spans) == 0 {
-			continue
+			return
 		}
 		same := slices.IndexFunc(kept, func(k gapGroup) bool {
 			return group.settled && k.settled && k.fillers.equal(group.fillers)
@@ -107,7 +91,18 @@ func (g *gaps) looked(s snapshot, began time.Time) {
 			kept = append(kept, group)
 		}
 	}
-	clear(g.groups[len(kept):])
+	for _, group := range g.groups {
+		rest := group
+		group.spans, rest.spans = split(group.spans, upTo)
+		switch {
+		case group.settled:
+			group.fillers = s.running(group.fillers)
+		case began.Sub(group.since) >= gapMoment:
+			group.settled, group.fillers = true, s
+		}
+		keep(group)
+		keep(rest)
+	}
 	g.groups = kept
 }
 
@@ -136,6 +131,22 @@ func without(spans []span, ids []int64) []span {
 		left = append(left, between(s, found[:upTo])...)
 	}
 	return slices.Replace(spans, begin, end, left...)
+}
+
+// split returns the parts of spans up to an id and above it. It uses their memory.
+func split(spans []span, at int64) (upTo, above []span) {
+	n, _ := slices.BinarySearchFunc(spans, at, func(s span, at int64) int {
+		if s.high <= at {
+			return -1
+		}
+		return 1
+	})
+	upTo, above = spans[:n:n], spans[n:]
+	if len(above) > 0 && above[0].low <= at {
+		upTo = append(upTo, span{above[0].low, at})
+		above[0].low = at + 1
+	}
+	return upTo, above
 }
 
 // merge returns all of two lists of spans, sorted.

@@ -42,6 +42,50 @@ func TestGapsLoseOnlyWhatWasFound(t *testing.T) {
 	})
 }
 
+// A read that went up to some id settles the gaps up to it, and leaves those above as
+// they were.
+func TestGapsAreSettledUpToWhereTheReadWent(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		var spans []span
+		for id := int64(0); len(spans) < 8; {
+			low := id + rapid.Int64Range(1, 5).Draw(t, "found")
+			id = low + rapid.Int64Range(0, 5).Draw(t, "length")
+			spans = append(spans, span{low, id})
+		}
+		at := rapid.Int64Range(0, 100).Draw(t, "up to")
+		var settled, left []int64
+		for _, s := range spans {
+			for id := s.low; id <= s.high; id++ {
+				if id <= at {
+					settled = append(settled, id)
+				} else {
+					left = append(left, id)
+				}
+			}
+		}
+		ids := func(spans []span) (all []int64) {
+			for _, s := range spans {
+				for id := s.low; id <= s.high; id++ {
+					all = append(all, id)
+				}
+			}
+			return all
+		}
+		now := time.Now()
+		g := gaps{}
+		g.add(spans, now)
+		s := snapshot{listed: []uint64{100}, xmax: 105, next: 105}
+		g.looked(s, now.Add(gapMoment), at)
+		if got := ids(g.fresh()); !slices.Equal(got, left) {
+			t.Errorf("fresh: %v, want %v", got, left)
+		}
+		if got := ids(g.ended(snapshot{xmax: 105, next: 105})); !slices.Equal(got, settled) {
+			t.Errorf("settled: %v, want %v", got, settled)
+		}
+	})
+}
+
 // A gap is looked into at every read while it is fresh, then when a transaction
 // that ran at the time has ended, and never again once all have.
 func TestGapIsLookedIntoOnlyWhileItCanBeFilled(t *testing.T) {
@@ -50,22 +94,22 @@ func TestGapIsLookedIntoOnlyWhileItCanBeFilled(t *testing.T) {
 	at := func(xids ...uint64) snapshot { return snapshot{listed: xids, xmax: 105, next: 105} }
 	g := gaps{}
 	g.add([]span{{5, 9}}, now)
-	g.looked(at(100, 101), now.Add(gapMoment/2))
+	g.looked(at(100, 101), now.Add(gapMoment/2), all)
 	if len(g.fresh()) != 1 {
 		t.Fatal("forgotten while a transaction may have drawn an id and has no number yet")
 	}
-	g.looked(at(100, 102), now.Add(gapMoment)) // 101 has ended, 102 came
+	g.looked(at(100, 102), now.Add(gapMoment), all) // 101 has ended, 102 came
 	if len(g.fresh()) != 0 || len(g.ended(at(100, 102, 103))) != 0 {
 		t.Error("looked into while nothing can have changed")
 	}
 	if len(g.ended(at(100, 103))) != 1 {
 		t.Error("not looked into after 102 has ended")
 	}
-	g.looked(at(100, 103), now.Add(2*gapMoment))
+	g.looked(at(100, 103), now.Add(2*gapMoment), all)
 	if len(g.ended(at(100))) != 0 || len(g.ended(at(104))) != 1 {
 		t.Error("waits for another transaction than 100")
 	}
-	g.looked(at(104), now.Add(3*gapMoment))
+	g.looked(at(104), now.Add(3*gapMoment), all)
 	if len(g.groups) != 0 {
 		t.Errorf("remembered after all have ended: %v", g.groups)
 	}

@@ -127,7 +127,7 @@ func TestWhatWasPassedOverComesBeforeWhatIsNewer(t *testing.T) {
 	if len(lines) != 1 || from != first {
 		t.Fatalf("%d lines from %d on", len(lines), from)
 	}
-	if n := h.readmit(lines, page[first-1:], 0); n != 9 || h.lines["k"].passed != 0 {
+	if n := h.readmit(lines, page[first-1:], all); n != 9 || h.lines["k"].passed != 0 {
 		t.Errorf("%d readmitted, passed over from %d on", n, h.lines["k"].passed)
 	}
 }

@@ -2,7 +2,6 @@ package relay
 
 import (
 	"context"
-	"log/slog"
 	"math/rand/v2"
 	"testing"
 
@@ -21,16 +20,7 @@ func newSharers(t *testing.T, n int) *sharers {
 	t.Helper()
 	s := &sharers{T: t, ctx: testenv.Context(t), db: testenv.Schema(t)}
 	for range n {
-		pub, err := RabbitMQ(testenv.AMQPURL(t), RabbitMQConfig{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		r, err := New(s.db.Pool, pub, Config{Schema: s.db.Schema, Logger: slog.New(slog.DiscardHandler)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.leases.useless = func() bool { return false }
-		s.all = append(s.all, r.leases)
+		s.all = append(s.all, newRelay(t, s.db.Pool, s.db.Schema).leases)
 	}
 	return s
 }

@@ -105,9 +105,8 @@ func (h *hand) passedOver() (lines []*line, from int64) {
 	return lines, from
 }
 
-// readmit adds what a read for lines has found. They were read up to the id to,
-// or, if that is 0, to the floor.
-func (h *hand) readmit(lines []*line, page []*message, to int64) (added int) {
+// readmit adds what a read for lines has found, which misses nothing up to the id upTo.
+func (h *hand) readmit(lines []*line, page []*message, upTo int64) (added int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, l := range lines {
@@ -115,8 +114,8 @@ func (h *hand) readmit(lines []*line, page []*message, to int64) (added int) {
 	}
 	added = h.admitAll(page)
 	for _, l := range lines {
-		if l.passed == 0 && to != 0 {
-			l.passed = to + 1
+		if l.passed == 0 && upTo != all {
+			l.passed = upTo + 1
 		}
 		if l.passed == 0 {
 			h.endPassing(l)

@@ -12,16 +12,21 @@ import (
 
 // page is what one read has found.
 type page struct {
-	messages []*message // to be published
+	messages []*message // to be published, sorted
 	rest     []*message // others, without their payload
 	ids      []int64    // of any lane, sorted
-	cut      bool       // there may be more behind the last id
+	upTo     int64      // nothing of what was asked for is missing up to this id
 	durable  bool       // the log was on disk up to position
 	position string     // in the log, after every commit that the read could see
 	running  snapshot
 	drawn    int64 // the last id of the sequence
 	free     bool  // there are lanes that nobody owns
 }
+
+// all is the upTo of a page that is complete.
+const all = math.MaxInt64
+
+func (p *page) cut() bool { return p.upTo != all }
 
 // unplanned makes PostgreSQL plan a statement for each execution, by the size
 // that the table has then: a plan that was made and kept while the table was
@@ -31,7 +36,7 @@ const unplanned = pgx.QueryExecModeCacheDescribe
 
 // readSpans reads the ids in spans, of which only the last may be open; of keys alone,
 // if there are any.
-func (r *reader) readSpans(ctx context.Context, spans []span, ours []int16, keys ...string) (p page, err error) {
+func (r *reader) readSpans(ctx context.Context, db querier, spans []span, ours []int16, keys ...string) (p page, err error) {
 	rows, most := pageRows, pageRows // to be read, and to be published
 	if len(keys) > 0 {
 		most = min(most, lineRows*len(keys))
@@ -43,35 +48,26 @@ func (r *reader) readSpans(ctx context.Context, spans []span, ours []int16, keys
 	}
 	asked, eachKey := time.Now(), !r.anyKey.due()
 	if len(spans) == 0 {
-		p, err = r.read(ctx, r.sql.page, rows, ours, from, keys, most, eachKey)
+		p, err = r.read(ctx, db, r.sql.page, rows, ours, from, keys, most, eachKey)
 	} else {
 		lows, highs := make([]int64, len(spans)), make([]int64, len(spans))
 		for i, s := range spans {
 			lows[i], highs[i] = s.low, s.high
 		}
-		p, err = r.read(ctx, r.sql.pages, rows, ours, from, keys, most, eachKey, lows, highs)
+		p, err = r.read(ctx, db, r.sql.pages, rows, ours, from, keys, most, eachKey, lows, highs)
 	}
 	if time.Since(asked) > slowLook {
 		r.anyKey.ran(asked)
 	}
-	p.cut = p.cut || len(p.ids) >= rows || len(p.ids)-len(p.rest) >= most
+	if len(p.ids) >= rows || len(p.ids)-len(p.rest) >= most {
+		p.upTo = p.ids[len(p.ids)-1]
+	}
 	return p, err
 }
 
-// read returns a page whose rows are on disk, of lanes that are still ours under
-// the same epoch. Rows are visible before they are durable if their producer uses
-// synchronous_commit=off: a server that crashes then has never heard of them.
-func (r *reader) read(ctx context.Context, sql string, rows int, ours []int16, args ...any) (p page, err error) {
-	ctx, cancel := context.WithTimeout(ctx, r.limit())
-	defer cancel()
-	args = append([]any{unplanned, pageBytes, rows, laneSet(ours)}, args...)
-	quick := !r.loaded && sql == r.sql.page
-	if quick {
-		p, err = query(ctx, r.db, sql, args)
-	}
-	if !quick || err == nil && !p.durable && len(p.ids) > 0 {
-		p, err = r.readDurably(ctx, sql, args)
-	}
+// read returns a page of lanes that are still ours under the same epoch.
+func (r *reader) read(ctx context.Context, db querier, sql string, rows int, ours []int16, args ...any) (page, error) {
+	p, err := query(ctx, db, sql, append([]any{unplanned, pageBytes, rows, laneSet(ours)}, args...))
 	if err != nil {
 		return page{}, err
 	}
@@ -85,21 +81,27 @@ func (r *reader) read(ctx context.Context, sql string, rows int, ours []int16, a
 			mine = append(mine, m)
 		}
 	}
-	p.messages, p.cut = mine, size >= pageBytes
+	if p.messages = mine; size >= pageBytes {
+		p.upTo = p.ids[len(p.ids)-1]
+	}
 	return p, nil
 }
 
-// readDurably reads a page in a transaction and ends it when the log is on disk up
-// to a position after every commit that the page can show. The transaction ties
-// page and position to one server process: if that crashes, the page is lost with
-// it. It costs one commit if nobody else's flushes the log in time.
-func (r *reader) readDurably(ctx context.Context, sql string, args []any) (page, error) {
+// durably runs reads in one snapshot and ends it when the log is on disk up to a
+// position after every commit that they can show. Rows are visible before they are
+// durable if their producer uses synchronous_commit=off: a server that crashes then has
+// never heard of them. The transaction ties page and position to one server process: if
+// that crashes, the page is lost with it. It costs one commit if nobody else's flushes
+// the log in time.
+func (r *reader) durably(ctx context.Context, reads func(context.Context, querier) (page, error)) (page, error) {
+	ctx, cancel := context.WithTimeout(ctx, r.limit())
+	defer cancel()
 	tx, err := r.db.BeginTx(ctx, pgx.TxOptions{BeginQuery: beginSQL})
 	if err != nil {
 		return page{}, err
 	}
 	defer tx.Rollback(context.WithoutCancel(ctx))
-	p, err := query(ctx, tx, sql, args)
+	p, err := reads(ctx, tx)
 	if err != nil {
 		return page{}, err
 	}
@@ -130,6 +132,7 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 		return page{}, err
 	}
 	defer rows.Close()
+	p.upTo = all
 	for rows.Next() {
 		if rows.RawValues()[0] == nil { // the head
 			var age int32 // of the first transaction number, 3: how many came after it
@@ -156,9 +159,22 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 	if err := rows.Err(); err != nil {
 		return page{}, err
 	}
+	p.sort()
+	return p, nil
+}
+
+func (p *page) sort() {
 	slices.Sort(p.ids)
 	slices.SortFunc(p.messages, func(a, b *message) int { return cmp.Compare(a.id, b.id) })
-	return p, nil
+}
+
+// cutAt takes away what is above an id.
+func (p *page) cutAt(id int64) {
+	p.upTo = id
+	n, _ := slices.BinarySearch(p.ids, id+1)
+	p.ids = p.ids[:n]
+	n, _ = slices.BinarySearchFunc(p.messages, id+1, func(m *message, id int64) int { return cmp.Compare(m.id, id) })
+	p.messages = p.messages[:n]
 }
 
 // laneSet has a bit for each lane.

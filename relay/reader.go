@@ -27,14 +27,12 @@ type reader struct {
 	idle     time.Duration // longest wait between two looks
 	health   *condition
 
-	epochs   [lanes]int64 // of the lanes that are read
-	floor    int64
-	gaps     gaps
-	scan     scan
-	late     []span     // gaps that may have been filled, to be read before anything newer
-	lateSeen snapshot   // by which they may
-	dueAt    time.Time  // when parked messages were last looked at
-	recall   []recalled // suspects no more: what was parked for them is read before its time
+	epochs [lanes]int64 // of the lanes that are read
+	floor  int64
+	gaps   gaps
+	scan   scan
+	dueAt  time.Time  // when parked messages were last looked at
+	recall []recalled // suspects no more: what was parked for them is read before its time
 
 	recallAt time.Time // when nothing was found for the first of them
 	walked   string    // the last key of which the parked messages were looked at
@@ -141,7 +139,7 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 		if errors.Is(err, context.DeadlineExceeded) {
 			r.slow++
 		}
-		r.floor, r.gaps, r.late, r.scan = 0, gaps{}, nil, scan{}
+		r.floor, r.gaps, r.scan = 0, gaps{}, scan{}
 		r.hand.startOver(func(int16) bool { return true })
 	}
 	r.loaded = added > 0
@@ -190,15 +188,13 @@ func (r *reader) readPassedOver(ctx context.Context, ours []int16) (added int, e
 	for i, l := range lines {
 		keys[i] = l.key
 	}
-	p, err := r.readSpans(ctx, []span{{from, r.floor}}, ours, keys...)
+	p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
+		return r.readSpans(ctx, db, []span{{from, r.floor}}, ours, keys...)
+	})
 	if err != nil {
 		return 0, err
 	}
-	to := int64(0)
-	if p.cut {
-		to = p.ids[len(p.ids)-1]
-	}
-	if added = r.hand.readmit(lines, p.messages, to); p.cut {
+	if added = r.hand.readmit(lines, p.messages, p.upTo); p.cut() {
 		added = max(added, 1)
 	}
 	return added, nil
@@ -248,7 +244,9 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err erro
 
 // readParked reads parked messages whose time comes within a while, or came lately.
 func (r *reader) readParked(ctx context.Context, ours []int16, within time.Duration, exchange, routingKey *string, lately *float64) (int, error) {
-	p, err := r.read(ctx, r.sql.due, duePerLane, ours, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
+	p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
+		return r.read(ctx, db, r.sql.due, duePerLane, ours, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
+	})
 	if err != nil {
 		return 0, err
 	}
@@ -313,14 +311,14 @@ func (r *reader) readOld(ctx context.Context, ours []int16) (added int, err erro
 	r.scan.step = max(r.scan.step, scanStep)
 	to := min(r.scan.at+r.scan.step, r.floor)
 	if r.scan.at < to {
-		p, err := r.readSpans(ctx, []span{{r.scan.at + 1, to}}, ours)
+		p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
+			return r.readSpans(ctx, db, []span{{r.scan.at + 1, to}}, ours)
+		})
 		if err != nil {
 			return 0, err
 		}
 		added = r.hand.admit(p.messages)
-		if p.cut {
-			to = p.ids[len(p.ids)-1]
-		}
+		to = min(to, p.upTo)
 	}
 	took := time.Since(began)
 	r.scan.at = to

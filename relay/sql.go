@@ -222,9 +222,9 @@ const headsSQL = `WITH page AS (
 		) AS d
 	)` + headSQL
 
-// beginSQL begins the transaction of a read. Compiling would take a hundred times as long
+// beginSQL begins the transaction of a read, of one snapshot. Compiling would take a hundred times as long
 // as reading: the planner takes each gap, and each key, for a part of the table.
-const beginSQL = `BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL jit = off`
+const beginSQL = `BEGIN ISOLATION LEVEL REPEATABLE READ; SET LOCAL jit = off`
 
 // flushedSQL asks whether the log is on disk up to $1.
 const flushedSQL = `SELECT pg_current_wal_flush_lsn() >= $1::pg_lsn`
