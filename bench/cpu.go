@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -14,6 +15,7 @@ type cpuTime struct{ self, postgres, rabbit time.Duration }
 
 // readCPU reads /proc; processes that have ended are not counted.
 func readCPU() (c cpuTime) {
+	c.self = selfCPU()
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, file := range stats {
 		data, err := os.ReadFile(file)
@@ -28,8 +30,6 @@ func readCPU() (c cpuTime) {
 		fmt.Sscan(fields[12], &system)
 		used := time.Duration(user+system) * (time.Second / 100) // clock ticks, USER_HZ
 		switch {
-		case filepath.Base(filepath.Dir(file)) == fmt.Sprint(os.Getpid()):
-			c.self += used
 		case name == "postgres":
 			c.postgres += used
 		case strings.HasPrefix(name, "beam"):
@@ -37,6 +37,13 @@ func readCPU() (c cpuTime) {
 		}
 	}
 	return c
+}
+
+// selfCPU is the processor time that this process has used.
+func selfCPU() time.Duration {
+	var used syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &used) // it cannot fail with these arguments
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
 // since returns the time used since before, for each of n messages.

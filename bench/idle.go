@@ -42,13 +42,13 @@ func idle(ctx context.Context, b *bench) ([]Result, error) {
 		return nil, errors.Join(err, r.end())
 	}
 	const quiet = time.Minute
-	before, statements, began := readCPU(), p.tracer.n.Load(), time.Now()
+	before, statements, began := selfCPU(), p.tracer.n.Load(), time.Now()
 	select {
 	case <-time.After(quiet):
 	case <-ctx.Done():
 	}
 	took := time.Since(began).Seconds()
-	cpu := (readCPU().self - before.self).Seconds() / took * 100
+	cpu := (selfCPU() - before).Seconds() / took * 100
 	rate := float64(p.tracer.n.Load()-statements) / took
 	if err := r.end(); err != nil {
 		return nil, err
@@ -63,14 +63,14 @@ func idle(ctx context.Context, b *bench) ([]Result, error) {
 func (p *place) select1(ctx context.Context, limit time.Duration) (float64, error) {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
-	before, began := readCPU(), time.Now()
+	before, began := selfCPU(), time.Now()
 	for time.Since(began) < limit {
 		<-tick.C
 		if _, err := p.db.Exec(ctx, "SELECT 1"); err != nil {
 			return 0, err
 		}
 	}
-	return (readCPU().self - before.self).Seconds() / time.Since(began).Seconds() * 100, nil
+	return (selfCPU() - before).Seconds() / time.Since(began).Seconds() * 100, nil
 }
 
 // takeover: the owner of lanes stops, or is killed; how long until what is written

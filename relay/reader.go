@@ -206,6 +206,7 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err erro
 	r.recall = append(r.recall, r.suspects.takeCleared()...)
 	for len(r.recall) > 0 && !r.hand.full() && time.Since(r.recallAt) > recallEvery {
 		p, quiet := r.recall[0], r.hand.quiet()
+		r.hand.readEnded() // what was parked since the last read is among what is looked for
 		routingKey := &p.routingKey
 		if p.whole {
 			routingKey = nil
