@@ -44,14 +44,15 @@ func (c *channel) collect(all bool) {
 			kept = append(kept, f)
 			continue
 		}
-		switch {
-		case f.confirm.Acked():
-			c.answered(f.at)
-			c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
-			acked = append(acked, f.message)
-		case c.ch.IsClosed() || c.conn.IsClosed():
+		if !f.confirm.Acked() && (c.ch.IsClosed() || c.conn.IsClosed()) {
 			c.undecided = append(c.undecided, f.message) // a closed channel answers like a nack
-		default:
+			continue
+		}
+		c.answered(f.at)
+		c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
+		if f.confirm.Acked() {
+			acked = append(acked, f.message)
+		} else {
 			c.relay.refuse(f.message, nacked, "nacked by the broker")
 		}
 	}

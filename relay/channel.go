@@ -139,11 +139,11 @@ func (c *channel) publish(ctx context.Context, from source) {
 func (c *channel) publishSome(ctx context.Context, from source) bool {
 	ms := from.take(min(takeAtOnce, c.window-len(c.pending)))
 	for i, m := range ms {
-		if !isClosed(c.gate()) { // the broker stopped reading just now
+		if stopped := ctx.Err() != nil; stopped || !isClosed(c.gate()) { // the broker stopped reading just now
 			from.back(ms[i:])
-			return true
+			return !stopped
 		}
-		if !c.send(ctx, m) {
+		if !c.send(m) {
 			from.back(ms[i+1:])
 			return false
 		}
@@ -152,12 +152,8 @@ func (c *channel) publishSome(ctx context.Context, from source) bool {
 }
 
 // send publishes one message. It returns false if the channel is of no more use.
-func (c *channel) send(ctx context.Context, m *message) bool {
+func (c *channel) send(m *message) bool {
 	r := c.relay
-	if ctx.Err() != nil {
-		r.hand.retry(m)
-		return false
-	}
 	now := since()
 	if !r.leases.mayPublish(m, now) {
 		r.suspects.forget(m)

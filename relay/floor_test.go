@@ -269,6 +269,32 @@ func TestIdAboveTheSequenceDelaysNothing(t *testing.T) {
 	}
 }
 
+// So are the rows of one key, more than wait in memory, as after a fail-over to a server
+// to which the sequence was not replicated.
+func TestIdsOfOneKeyAboveTheSequenceAreReadInOrder(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	log := &lockedBuffer{}
+	b.start(b.logTo(log))
+	const n = 1500
+	msgs := b.messages(n, func(int) string { return "k" })
+	b.must(pgx.BeginFunc(testenv.Context(t), b.db, func(tx pgx.Tx) error {
+		for i, m := range msgs {
+			if _, err := tx.Exec(testenv.Context(t), `INSERT INTO `+b.db.Table("outbox")+` (id, message_id, key, exchange, type) VALUES ($1, $2, $3, $4, $5)`,
+				1_000_000+i, m.ID, m.Key, m.Exchange, m.Type); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	got := b.drain(b.queue, n)
+	b.checkAll(got, msgs, 0)
+	b.checkOrder(got, msgs)
+	if failed := log.lines("fails"); failed > 0 {
+		t.Errorf("%d failures logged", failed)
+	}
+}
+
 // A transaction that has drawn thousands of ids between those of others commits: what
 // is written then does not wait, nor did anything before.
 func TestLongTransactionWithManyIdsDelaysNothing(t *testing.T) {

@@ -48,6 +48,8 @@ const (
 	pageRows  = 2000
 	pageBytes = 8 << 20
 	slowDelay = 5 * time.Second // at most, for what would crowd the hand
+	// freePlaces in the window say that the broker could take more.
+	freePlaces = 4
 )
 
 func newHand() *hand {
@@ -79,7 +81,7 @@ func (h *hand) isFull(times int) bool {
 // for a slow destination, while the broker could take more: the reader then goes on
 // and leaves in the tables what would have to wait too.
 func (h *hand) starving() bool {
-	if !h.isFull(1) || len(h.turn) > 0 || h.inFlight > channels*window-minShare {
+	if !h.isFull(1) || len(h.turn) > 0 || h.inFlight > channels*window-freePlaces {
 		return false
 	}
 	rows, bytes := h.waiting, h.waitBytes
@@ -125,6 +127,9 @@ func (h *hand) admitAll(page []*message) (added int) {
 		case l != nil && l.busy:
 			h.wait(l, m)
 		case starving && h.isSlow(h.routes[m.destination]):
+			if l != nil {
+				l.busy = true
+			}
 			h.taken[m.lane]++
 			h.refuseOne(verdict{message: m, reason: "retry", delay: rand.N(slowDelay), lastError: "its destination confirms slowly"})
 			notify(h.settle)
@@ -169,12 +174,12 @@ func (h *hand) drop(m *message) {
 
 func (h *hand) forget(m *message) {
 	delete(h.byID, m.id)
+	h.unsettled[m.lane]--
 	h.uncount(m)
 }
 
-// uncount counts out a message that has been settled, or forgotten.
+// uncount counts a message that has been settled, or forgotten, out of its line.
 func (h *hand) uncount(m *message) {
-	h.unsettled[m.lane]--
 	h.bytes -= len(m.payload)
 	if l := h.lines[m.key]; l != nil && m.key != "" {
 		if l.unsettled--; l.unsettled == 0 {
@@ -200,7 +205,8 @@ func (h *hand) confirm(ms []*message) {
 	notify(h.settle)
 }
 
-// refuse records that the broker will not have a message now. It blocks its key.
+// refuse records that the broker will not have a message now. It blocks its key, once
+// it is parked.
 func (h *hand) refuse(v verdict) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -212,21 +218,6 @@ func (h *hand) refuseOne(v verdict) {
 	h.freePlace(v.message)
 	h.endTrial(v.message)
 	h.verdict(v)
-	l := h.lines[v.key]
-	if l == nil || v.key == "" {
-		return
-	}
-	l.blocked, l.busy, l.headParked = true, false, true
-	waiting := l.waiting
-	l.waiting, l.waitBytes = nil, 0
-	for _, m := range waiting {
-		h.waits(m, -1)
-		if m.parked {
-			h.forget(m) // it is behind the head already
-		} else {
-			h.block(m)
-		}
-	}
 }
 
 // block parks a message behind the head of its key.
@@ -280,16 +271,68 @@ func (h *hand) muchToSettle() bool {
 	return len(h.confirmed)+len(h.refused) >= settleRows
 }
 
-// settled records that the statement which removes or parks a message returned.
-func (h *hand) settled(m *message, refused bool) {
+// deleted records that the statement which removes the row of a confirmed message has
+// returned.
+func (h *hand) deleted(m *message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.taken[m.lane]--
-	if refused {
-		h.refusing--
+	h.settled(m)
+}
+
+// recorded records that the statement which parks a refused message has returned. Only
+// then is what follows it parked too: it must never stand in outbox_parked before it.
+func (h *hand) recorded(v verdict) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.refusing--
+	if l := h.lines[v.key]; l != nil && v.key != "" && v.reason != "blocked" {
+		l.blocked, l.busy, l.headParked = true, false, true
+		waiting := l.waiting
+		l.waiting, l.waitBytes = nil, 0
+		for _, m := range waiting {
+			h.waits(m, -1)
+			if m.parked {
+				h.forget(m) // it is behind the head already
+			} else {
+				h.block(m)
+			}
+		}
+	}
+	h.settled(v.message)
+}
+
+// giveUp forgets a refused message that could not be parked while its lane was ours.
+func (h *hand) giveUp(v verdict) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.refusing--
+	h.taken[v.lane]--
+	if v.reason != "blocked" {
+		h.next(v.message)
+	}
+	h.forget(v.message)
+}
+
+func (h *hand) settled(m *message) {
+	if !m.aside {
+		h.taken[m.lane]--
+		h.unsettled[m.lane]--
 	}
 	h.uncount(m)
 	h.gone = append(h.gone, m.id)
+}
+
+// putAside counts a confirmed message, whose row cannot be deleted yet, out of its lane:
+// that need not wait for it. If its row is still there when another owns the lane, the
+// message is published twice.
+func (h *hand) putAside(m *message) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !m.aside {
+		m.aside = true
+		h.taken[m.lane]--
+		h.unsettled[m.lane]--
+	}
 }
 
 // quiet says that no verdict is on its way to the tables.

@@ -23,7 +23,7 @@ func TestReadThatBeganBeforeTheDeleteBringsNothingBack(t *testing.T) {
 	if len(confirmed) != 1 {
 		t.Fatalf("%d to delete", len(confirmed))
 	}
-	h.settled(confirmed[0], false) // the DELETE returned, while another read is under way
+	h.deleted(confirmed[0]) // the DELETE returned, while another read is under way
 	if n := h.admit(row()); n != 0 || len(h.take(10)) != 0 {
 		t.Error("the message came back")
 	}
@@ -169,10 +169,11 @@ func TestBlockedKeyIsForgottenWithItsLane(t *testing.T) {
 	follower := newMessage(2, "k", "q")
 	follower.behind = true
 	h.admit([]*message{follower})
-	if _, refused := h.toSettle(10); len(refused) != 1 {
+	_, refused := h.toSettle(10)
+	if len(refused) != 1 {
 		t.Fatalf("%d parked behind the head", len(refused))
 	}
-	h.settled(follower, true)
+	h.recorded(refused[0])
 	h.readEnded()
 	for _, m := range h.take(10) {
 		h.drop(m)

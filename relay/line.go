@@ -7,7 +7,7 @@ package relay
 type line struct {
 	lane       int16
 	key        string
-	busy       bool // one is ready or in flight
+	busy       bool // one is ready, in flight, or on its way to outbox_parked
 	unsettled  int  // messages in the hand
 	blocked    bool
 	headParked bool // its head waits for a time or a human, so there is no need to look

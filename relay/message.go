@@ -37,6 +37,7 @@ type message struct {
 	deaths   int           // connections that ended while it was in flight, nobody knows why
 	route    *route        // on which it is ready or in flight; nil if alone
 	readyAt  int64         // since when, by our monotonic clock
+	aside    bool          // confirmed, and its row is locked
 }
 
 // destination is where a message goes.

@@ -36,10 +36,7 @@ type outage struct {
 func outageAt(b *bundle, change ...func(*relay.Config, *relay.RabbitMQConfig)) *outage {
 	b.Helper()
 	o := &outage{bundle: b, log: &lockedBuffer{}}
-	logTo := func(cfg *relay.Config, _ *relay.RabbitMQConfig) {
-		cfg.Logger = slog.New(slog.NewTextHandler(io.MultiWriter(o.log, b.Output()), nil))
-	}
-	o.relay, o.stop = b.start(append(change, logTo)...)
+	o.relay, o.stop = b.start(append(change, b.logTo(o.log))...)
 	o.writeMore(200)
 	testenv.Eventually(b, 20*time.Second, "it publishes", func() bool { return o.relay.Stats().Published >= int64(len(o.sent)) })
 	return o

@@ -188,8 +188,12 @@ func (r *reader) readPassedOver(ctx context.Context, ours []int16) (added int, e
 	for i, l := range lines {
 		keys[i] = l.key
 	}
+	to := r.floor
+	if from > to { // ids that do not come from the sequence
+		to = all
+	}
 	p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
-		return r.readSpans(ctx, db, []span{{from, r.floor}}, ours, keys...)
+		return r.readSpans(ctx, db, []span{{from, to}}, ours, keys...)
 	})
 	if err != nil {
 		return 0, err

@@ -2,6 +2,7 @@ package relay_test
 
 import (
 	"bytes"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -38,13 +39,20 @@ func (b *lockedBuffer) lines(text string) (n int) {
 	return n
 }
 
+// logTo lets a relay log there, too.
+func (b *bundle) logTo(log *lockedBuffer) func(*relay.Config, *relay.RabbitMQConfig) {
+	return func(cfg *relay.Config, _ *relay.RabbitMQConfig) {
+		cfg.Logger = slog.New(slog.NewTextHandler(io.MultiWriter(log, b.Output()), nil))
+	}
+}
+
 func TestLogTellsOnceWhichDestinationRefusesAndWhenItAcceptsAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	queue, declare := b.absent()
 	b.write(to(queue, b.messages(50, noKey))...)
 	log := &lockedBuffer{}
-	b.start(brisk, func(cfg *relay.Config, _ *relay.RabbitMQConfig) { cfg.Logger = slog.New(slog.NewTextHandler(log, nil)) })
+	b.start(brisk, b.logTo(log))
 	b.eventuallyCount("outbox_parked", 50)
 	if n := log.lines("messages are refused"); n != 1 || log.lines("routing_key="+queue) != 1 || log.lines("NO_ROUTE") != 1 {
 		t.Errorf("%d lines", n)
@@ -66,7 +74,7 @@ func TestLogOfAQueueThatIsFullIsShort(t *testing.T) {
 	b.must(err)
 	t.Cleanup(func() { b.ch.QueueDelete(full, false, false, false) })
 	log := &lockedBuffer{}
-	r, _ := b.start(func(cfg *relay.Config, _ *relay.RabbitMQConfig) { cfg.Logger = slog.New(slog.NewTextHandler(log, nil)) })
+	r, _ := b.start(b.logTo(log))
 	for range 30 {
 		b.write(to(full, b.messages(20, noKey))...)
 		b.must(pauseFor(t, 100*time.Millisecond))

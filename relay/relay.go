@@ -38,6 +38,7 @@ type Relay struct {
 
 	// What can keep the relay from its work.
 	schema, leasing, reading, settling, broker, alarm condition
+	locks                                             condition // keeps it from a few messages
 }
 
 // New returns a relay that reads from db and publishes through pub. The error
@@ -55,7 +56,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{
 		&r.schema: "database", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
-		&r.settling: "writing to the outbox", &r.broker: "broker", &r.alarm: "publishing",
+		&r.settling: "writing to the outbox", &r.locks: "settling of locked rows", &r.broker: "broker", &r.alarm: "publishing",
 	} {
 		c.what, c.log = what, cfg.Logger
 	}
@@ -71,8 +72,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	r.settler = &settler{
 		db: db, sql: sql, hand: r.hand, leases: r.leases, retryFor: cfg.RetryFor, health: &r.settling,
-		lockedWait: lockedFirst,
-		dead:       r.refusals.dead,
+		lockedWait: lockedFirst, locks: &r.locks, dead: r.refusals.dead,
 	}
 	return r, nil
 }

@@ -15,13 +15,13 @@ type route struct {
 }
 
 const (
-	minShare = 4 // a destination has a quarter of the window at least
+	shares = 4 // a destination has a quarter of the window at least
 	// slowAfter is more than a hand full of messages for one destination takes.
 	slowAfter = time.Second
 )
 
 // share is how many messages of one destination may be in flight.
-func (h *hand) share() int { return channels * window / min(minShare, max(1, len(h.routes))) }
+func (h *hand) share() int { return channels * window / min(shares, max(1, len(h.routes))) }
 
 // push makes m ready to be taken.
 func (h *hand) push(m *message) {
@@ -113,7 +113,7 @@ func (h *hand) isSlow(r *route) bool {
 	return h.onTrial[r.destination] || r.inFlight >= h.share() && since()-r.ready[0].readyAt > int64(slowAfter)
 }
 
-// apart releases messages that are taken and will not be published among others.
+// apart gives the places of messages in the window to others. They stay taken.
 func (h *hand) apart(ms []*message) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -28,7 +28,10 @@ type settler struct {
 	// Those whose rows somebody has locked. They are written when that is over.
 	lockedConfirmed []*message
 	lockedRefused   []verdict
-	lockedWait      time.Duration // until they are tried again
+	lockedWait      time.Duration // between two tries
+	lockedNext      time.Time     // when they are tried again
+	lockedSince     time.Time     // when the first of them was found
+	locks           *condition    // is told of them
 }
 
 const (
@@ -38,6 +41,7 @@ const (
 	// Rows that were locked are tried again after that, the longer the longer they are.
 	lockedFirst = time.Second
 	lockedMost  = 10 * time.Second
+	lockedLong  = 10 * time.Second // after that it is told
 	// lockWait is how long a statement waits for a row that somebody has locked, and
 	// lockWaitHalf how long, when it did so in vain, its halves do.
 	lockWait     = "200ms"
@@ -49,31 +53,22 @@ const (
 func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 	for stopping := false; !stopping; {
 		var unlocked <-chan time.Time
-		if len(s.lockedConfirmed)+len(s.lockedRefused) > 0 {
-			unlocked = time.After(s.lockedWait)
+		if s.anyLocked() {
+			unlocked = time.After(time.Until(s.lockedNext))
 		}
-		locked := false
 		select {
 		case <-s.hand.settle:
 			if !s.hand.muchToSettle() {
 				s.more(ctx, stop)
 			}
 		case <-unlocked:
-			locked = true
 		case <-stop:
-			stopping, locked = true, true
+			stopping = true
 		case <-ctx.Done():
 			return
 		}
-		if locked {
-			confirmed, refused := s.lockedConfirmed, s.lockedRefused
-			s.lockedConfirmed, s.lockedRefused = nil, nil
-			if !s.settleAll(ctx, confirmed, refused) {
-				return
-			}
-			if s.lockedWait = min(2*s.lockedWait, lockedMost); len(s.lockedConfirmed)+len(s.lockedRefused) == 0 {
-				s.lockedWait = lockedFirst
-			}
+		if s.anyLocked() && (stopping || !time.Now().Before(s.lockedNext)) && !s.settleLocked(ctx) {
+			return
 		}
 		for more := true; more; more = stopping || s.hand.muchToSettle() {
 			confirmed, refused := s.hand.toSettle(settleRows)
@@ -85,6 +80,47 @@ func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 			}
 		}
 	}
+}
+
+// anyLocked says that something waits for others' locks.
+func (s *settler) anyLocked() bool { return len(s.lockedConfirmed)+len(s.lockedRefused) > 0 }
+
+// settleLocked tries again what was locked; it returns false if ctx ended. A refusal is
+// given up when its lane has gone, since it would come to nothing: the row is left to the
+// next owner.
+func (s *settler) settleLocked(ctx context.Context) bool {
+	confirmed, refused := s.lockedConfirmed, s.lockedRefused
+	s.lockedConfirmed, s.lockedRefused = nil, nil
+	owned, ours := s.leases.owned(), refused[:0]
+	for _, v := range refused {
+		if v.epoch == owned[v.lane] {
+			ours = append(ours, v)
+		} else {
+			s.hand.giveUp(v)
+		}
+	}
+	if !s.settleAll(ctx, confirmed, ours) {
+		return false
+	}
+	if !s.anyLocked() {
+		s.lockedWait, s.lockedSince = lockedFirst, time.Time{}
+		s.locks.set(nil)
+		return true
+	}
+	s.lockedWait = min(2*s.lockedWait, lockedMost)
+	s.lockedNext = time.Now().Add(s.lockedWait)
+	if time.Since(s.lockedSince) > lockedLong {
+		s.locks.set(fmt.Errorf("%d rows are locked by other sessions, one of them of message %s", len(s.lockedConfirmed)+len(s.lockedRefused), s.oneLocked()))
+	}
+	return true
+}
+
+// oneLocked returns the ID of a message whose row is locked.
+func (s *settler) oneLocked() uuid.UUID {
+	if len(s.lockedConfirmed) > 0 {
+		return s.lockedConfirmed[0].messageID
+	}
+	return s.lockedRefused[0].messageID
 }
 
 // more waits for more to settle at once.
@@ -109,6 +145,9 @@ func (s *settler) settleAll(ctx context.Context, confirmed []*message, refused [
 		}
 		s.health.set(err)
 		if err == nil {
+			if s.anyLocked() && s.lockedSince.IsZero() {
+				s.lockedSince, s.lockedNext = time.Now(), time.Now().Add(s.lockedWait)
+			}
 			return true
 		}
 		if pause(ctx, min(backOff(failures), time.Second)) != nil {
@@ -142,9 +181,10 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 	}
 	for _, m := range confirmed {
 		if left[m.id] {
+			s.hand.putAside(m)
 			s.lockedConfirmed = append(s.lockedConfirmed, m)
 		} else {
-			s.hand.settled(m, false)
+			s.hand.deleted(m)
 		}
 	}
 	return nil
@@ -242,7 +282,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		if v.reason == "dead" || died[v.id] {
 			s.dead(v)
 		}
-		s.hand.settled(v.message, true)
+		s.hand.recorded(v)
 	}
 	return nil
 }

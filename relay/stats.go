@@ -78,7 +78,7 @@ type counts struct {
 // with the process.
 type Stats struct {
 	Published int64 // messages confirmed by the broker and not returned
-	Refused   int64 // verdicts by which a message was parked
+	Refused   int64 // verdicts by which a message was parked, other than for an earlier one of its key
 	Unknown   int64 // publishes whose answer was lost; each was repeated
 	LeaseLost int64 // leases that ended before they were renewed
 	Lanes     int   // owned now, of 64

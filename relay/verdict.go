@@ -43,7 +43,7 @@ func (r *Relay) confirmed(ms []*message) {
 }
 
 // refuse: the broker will not have it now, or ever. A message whose exchange is
-// missing spends an attempt only as the probe. What was not tried spends none, nor does
+// missing spends an attempt only when it was published alone, as the probe. What was not tried spends none, nor does
 // what goes to a destination that does not answer.
 func (r *Relay) refuse(m *message, why cause, text string) {
 	v := verdict{message: m, reason: "retry", spend: 1, lastError: clip(text)}
