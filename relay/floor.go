@@ -105,8 +105,8 @@ const (
 	// So many gaps are looked into at once, and not many more rows: a page at most of each.
 	lateSpans = 1000
 	lateRows  = 10 * pageRows
-	// lateFor is how long a snapshot is kept for it.
-	lateFor = time.Second
+	// lateFor is how long a snapshot is kept for it. A million gaps take less.
+	lateFor = 3 * time.Second
 )
 
 // readLate adds to a page what is in spans, in the order of ids, until a page is full. A

@@ -113,6 +113,22 @@ func (g *gaps) fill(ids []int64) {
 	}
 }
 
+// hold says whether an id is in a gap.
+func (g *gaps) hold(id int64) bool {
+	return slices.ContainsFunc(g.groups, func(group gapGroup) bool {
+		_, found := slices.BinarySearchFunc(group.spans, id, func(s span, id int64) int {
+			switch {
+			case s.high < id:
+				return -1
+			case s.low > id:
+				return 1
+			}
+			return 0
+		})
+		return found
+	})
+}
+
 // without returns what is left of spans after ids were found; both are sorted.
 func without(spans []span, ids []int64) []span {
 	if len(ids) == 0 {

@@ -35,7 +35,13 @@ type leases struct {
 	owner    uuid.UUID    // fresh for each process, and after each lapse
 	epochs   [lanes]int64 // 0: not ours
 	deadline int64        // of the lease, by our own monotonic clock; 0: none yet
-	draining [lanes]int64 // epochs of those not published from any more, to be released; 0: none
+	draining [lanes]drain
+}
+
+// drain is of a lane that is not published from any more, to be released.
+type drain struct {
+	epoch int64 // 0: it is not drained
+	until int64 // it is released then, whatever of it is in the hand
 }
 
 // round is how often the lanes are looked at; a dead relay's lanes are taken
@@ -89,7 +95,7 @@ func (l *leases) lapse() {
 	}
 	l.lost.Add(1)
 	l.log.Warn("relay: lease ended before it was renewed; all lanes given up")
-	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]int64{}, 0
+	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]drain{}, 0
 }
 
 // run keeps the lease and the fair share of lanes until ctx ends.
@@ -165,7 +171,7 @@ func (l *leases) once(ctx context.Context, renew bool) error {
 func (l *leases) retire(ctx context.Context) error {
 	l.mu.Lock()
 	former, held := l.owner, l.deadline != 0
-	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]int64{}, 0
+	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]drain{}, 0
 	l.mu.Unlock()
 	if !held {
 		return nil
@@ -214,10 +220,10 @@ func (l *leases) adopt(owner uuid.UUID, owned map[int16]int64, sent int64, renew
 	}
 	for lane := range l.epochs {
 		epoch := owned[int16(lane)]
-		if epoch != 0 && l.draining[lane] == epoch {
+		if epoch != 0 && l.draining[lane].epoch == epoch {
 			continue
 		}
-		l.draining[lane] = 0 // released, and perhaps taken again
+		l.draining[lane] = drain{} // released, and perhaps taken again
 		if l.epochs[lane] != epoch {
 			l.epochs[lane] = epoch
 			notify(l.changed)
@@ -228,17 +234,17 @@ func (l *leases) adopt(owner uuid.UUID, owned map[int16]int64, sent int64, renew
 
 // giveUp frees the lanes beyond our share. Publishing in them stops at once; a
 // lane is released when nothing of it is in the hand, so that its next owner
-// repeats nothing.
+// repeats nothing, but not later than after a lease: its other keys would wait.
 func (l *leases) giveUp(ctx context.Context, share int) error {
 	l.mu.Lock()
 	kept, empty := 0, []int16{}
 	for lane := range l.epochs {
 		if l.epochs[lane] != 0 {
 			if kept++; kept > share {
-				l.epochs[lane], l.draining[lane] = 0, l.epochs[lane]
+				l.epochs[lane], l.draining[lane] = 0, drain{l.epochs[lane], since() + int64(l.lease)}
 			}
 		}
-		if l.draining[lane] != 0 && l.hand.empty(lane) {
+		if d := l.draining[lane]; d.epoch != 0 && (l.hand.empty(lane) || since() > d.until) {
 			empty = append(empty, int16(lane))
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -126,6 +127,7 @@ func (r *reader) limit() time.Duration { return readTimeout << min(r.slow, 5) }
 func (r *reader) once(ctx context.Context) (added int, err error) {
 	defer r.hand.readEnded()
 	ours := r.lanes()
+	r.hand.readEnded() // of a lane that is ours again, what came to nothing is read again
 	if len(ours) == 0 || r.hand.full() {
 		return 0, nil
 	}
@@ -271,8 +273,8 @@ func (r *reader) lanes() []int16 {
 	any := false
 	for lane, epoch := range r.leases.owned() {
 		if epoch != 0 && epoch != r.epochs[lane] {
-			if !r.hand.empty(lane) {
-				epoch = 0
+			if !r.hand.empty(lane) || r.scan.urgent && r.scan.at > 0 {
+				epoch = 0 // later; one scan after another would never end
 			} else {
 				r.scan = scan{urgent: r.floor > 0}
 			}
@@ -322,6 +324,8 @@ func (r *reader) readOld(ctx context.Context, ours []int16) (added int, err erro
 		if err != nil {
 			return 0, err
 		}
+		// What is in a gap comes with all that its transaction wrote, not part by part.
+		p.messages = slices.DeleteFunc(p.messages, func(m *message) bool { return r.gaps.hold(m.id) })
 		added = r.hand.admit(p.messages)
 		to = min(to, p.upTo)
 	}
