@@ -289,6 +289,9 @@ func (r *reader) lanes() []int16 {
 	if any {
 		r.hand.startOver(func(lane int16) bool { return changed[lane] })
 	}
+	if len(ours) == 0 {
+		r.scan = scan{} // nobody goes on with it
+	}
 	return ours
 }
 

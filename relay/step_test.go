@@ -208,6 +208,34 @@ func TestScanTakesNothingOutOfAGap(t *testing.T) {
 	}
 }
 
+// All lanes are lost while some are read from their first message, and come back.
+func TestLanesThatComeBackDuringAScanAreRead(t *testing.T) {
+	t.Parallel()
+	s := newSteps(t)
+	s.commit("", 1)
+	_, err := s.db.Exec(s.ctx, "SELECT setval('"+s.db.Schema+".outbox_id_seq', $1)", 5*scanStep)
+	s.must(err)
+	s.commit("", 1)
+	s.read()
+	s.must(s.leases.release(s.ctx, s.leases.identity(), []int16{0}, false))
+	s.must(s.leases.once(s.ctx, true))
+	s.read()
+	if at := s.reader.scan.at; at == 0 || at >= s.reader.floor {
+		t.Fatalf("the scan is at %d; this test shows nothing", at)
+	}
+	s.must(s.leases.retire(s.ctx))
+	for _, m := range s.hand.take(10) {
+		s.hand.drop(m)
+	}
+	s.must(s.leases.once(s.ctx, true))
+	for range 20 {
+		s.read()
+	}
+	if n := len(s.hand.take(10)); n != 2 {
+		t.Errorf("%d of 2 messages were read again", n)
+	}
+}
+
 // A lease ends before a refusal is written, so that it comes to nothing, and the lane is
 // ours again. The message is read before those that follow it.
 func TestRefusalThatCameTooLateIsForgotten(t *testing.T) {
