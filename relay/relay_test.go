@@ -182,7 +182,7 @@ func (b *bundle) eventuallyCount(table string, want int) {
 }
 
 // drain takes messages from a queue until it has seen want different IDs and
-// nothing more is there.
+// nothing more is there. It fails when no other came for half a minute.
 func (b *bundle) drain(queue string, want int) []amqp.Delivery {
 	b.Helper()
 	deliveries, err := b.ch.Consume(queue, queue, true, false, false, false, nil)
@@ -192,13 +192,17 @@ func (b *bundle) drain(queue string, want int) []amqp.Delivery {
 	ids := make(map[string]bool)
 	quiet := time.NewTimer(0)
 	defer quiet.Stop()
-	limit := time.NewTimer(time.Minute)
+	const patience = 30 * time.Second
+	limit := time.NewTimer(patience)
 	defer limit.Stop()
 	for {
 		select {
 		case d := <-deliveries:
 			all = append(all, d)
-			ids[d.MessageId] = true
+			if !ids[d.MessageId] {
+				ids[d.MessageId] = true
+				limit.Reset(patience)
+			}
 			quiet.Reset(200 * time.Millisecond)
 		case <-quiet.C:
 			if len(ids) >= want {
@@ -206,7 +210,7 @@ func (b *bundle) drain(queue string, want int) []amqp.Delivery {
 			}
 			quiet.Reset(200 * time.Millisecond)
 		case <-limit.C:
-			b.Fatalf("%d of %d messages came to %s within a minute", len(ids), want, queue)
+			b.Fatalf("%d of %d messages came to %s, and no other within %s", len(ids), want, queue, patience)
 		}
 	}
 }
