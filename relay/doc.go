@@ -63,7 +63,8 @@
 // # A blocked key
 //
 // While a message is parked, those of its key that follow are parked behind it, as
-// blocked. Only the first of them, the head, is published:
+// blocked, never before it is parked itself. Only the first of them, the head, is
+// published:
 //
 //	head: retry ---- due, published --> deleted; the next is the head
 //	head: blocked -- published at once --> deleted; the next is the head
@@ -99,9 +100,10 @@
 // Ids are drawn in order and commit in any order. The relay reads above a floor
 // and looks again into the gaps below it, those ids of which a transaction that
 // still runs may yet commit, all in one snapshot: what commits late is found at
-// the next look, and before what was written after it. So the relay passes neither
-// over the rows that it has deleted, however long somebody's snapshot keeps them,
-// nor waits for anybody's transaction. In outbox_parked, where nothing is in order, it
+// the next look, and before what was written after it. Lanes that are newly owned are
+// scanned up to the floor first; what is in a gap is left to that look, too. So the
+// relay passes neither over the rows that it has deleted, however long somebody's
+// snapshot keeps them, nor waits for anybody's transaction. In outbox_parked, where nothing is in order, it
 // passes over such rows only now and then; in between it finds what has become due
 // within the last minute.
 //
@@ -119,15 +121,16 @@
 //	                                       publishing before, by its own clock
 //
 // Each live relay takes its share, 64 divided by their number; one that has more
-// finishes what it has in hand of a lane and gives it up. Whatever a relay
-// writes about a message depends on its still owning the lane at that epoch.
+// finishes what it has in flight of a lane, for a lease at most, and gives it up.
+// Whatever a relay writes about a message depends on its still owning the lane at that
+// epoch; only the deletion of what was confirmed does not.
 //
 // # What it asks of the database
 //
-// At most 3 connections, free when it needs them, which may go through a pgbouncer in transaction mode with no
-// setting of its own, and for the role SELECT and DELETE on outbox, all on outbox_parked and
-// outbox_relay, SELECT and UPDATE on outbox_lane, SELECT on txbox_version and on the
-// sequence outbox_id_seq.
+// At most 3 connections, free when it needs them, which may go through a pgbouncer in
+// transaction mode with no setting of its own, and for the role SELECT and DELETE on
+// outbox, all on outbox_parked and outbox_relay, SELECT and UPDATE on outbox_lane, SELECT
+// on txbox_version and on the sequence outbox_id_seq.
 //
 // A message is published only when its transaction is on the server's disk, also
 // if its producer commits with synchronous_commit=off: what a crash of PostgreSQL
