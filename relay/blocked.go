@@ -6,8 +6,8 @@ import (
 )
 
 const (
-	walkEvery = time.Second
-	lookKeys  = 1000 // at once
+	walkEvery  = time.Second
+	keysAtOnce = 1000 // looked at in one statement
 )
 
 // blockedKey is a key with a message in outbox_parked.
@@ -16,15 +16,15 @@ type blockedKey struct {
 	key  string
 }
 
-// toLook returns keys of which what is parked has changed and nothing is in the
+// changedKeys returns keys of which what is parked has changed and nothing is in the
 // hand, so that no park of them is under way. Of the others it is enough to look
 // when they have left the hand.
-func (h *hand) toLook(more []blockedKey) (keys []blockedKey) {
+func (h *hand) changedKeys(more []blockedKey) (keys []blockedKey) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	n := min(lookKeys, len(h.look))
-	more = append(more, h.look[:n]...)
-	h.look = h.look[n:]
+	n := min(keysAtOnce, len(h.changed))
+	more = append(more, h.changed[:n]...)
+	h.changed = h.changed[n:]
 	seen := make(map[string]bool, len(more))
 	for _, k := range more {
 		if l := h.lines[k.key]; (l == nil || l.unsettled == 0) && !seen[k.key] {
@@ -35,10 +35,10 @@ func (h *hand) toLook(more []blockedKey) (keys []blockedKey) {
 	return keys
 }
 
-func (h *hand) lookAgain(keys []blockedKey) {
+func (h *hand) keysChanged(keys []blockedKey) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.look = append(h.look, keys...)
+	h.changed = append(h.changed, keys...)
 }
 
 // walk returns the next keys that have a message in outbox_parked: an operator may
@@ -50,7 +50,7 @@ func (r *reader) walk(ctx context.Context, ours []int16) (keys []blockedKey, err
 	began := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	perLane := max(1, lookKeys/len(ours))
+	perLane := max(1, keysAtOnce/len(ours))
 	rows, err := r.db.Query(ctx, r.sql.blocked, unplanned, ours, r.walked, perLane)
 	if err != nil {
 		return nil, err
@@ -78,14 +78,14 @@ func (r *reader) walk(ctx context.Context, ours []int16) (keys []blockedKey, err
 // messages are in the hand is no longer blocked: what follows waits there behind
 // them. Nothing of these keys is in the hand and only the reader brings something,
 // so none can be parked meanwhile.
-func (r *reader) readBlocked(ctx context.Context, ours []int16) (added int, err error) {
-	more, err := r.walk(ctx, ours)
+func (r *reader) readBlocked(ctx context.Context, ours []int16) (more bool, err error) {
+	walked, err := r.walk(ctx, ours)
 	if err != nil {
-		return 0, err
+		return false, err
 	}
-	keys := r.hand.toLook(more)
+	keys := r.hand.changedKeys(walked)
 	if len(keys) == 0 {
-		return 0, nil
+		return false, nil
 	}
 	// The hand remembers what was settled of them since the last read: it would
 	// take the followers of a head that is due again, and not the head.
@@ -99,8 +99,8 @@ func (r *reader) readBlocked(ctx context.Context, ours []int16) (added int, err 
 		return r.read(ctx, db, r.sql.heads, perKey, ours, laneIDs, names)
 	})
 	if err != nil {
-		r.hand.lookAgain(keys)
-		return 0, err
+		r.hand.keysChanged(keys)
+		return false, err
 	}
 	stop := make(map[string]int64) // the first id that is not to be sent yet
 	for _, m := range p.rest {
@@ -121,7 +121,7 @@ func (r *reader) readBlocked(ctx context.Context, ours []int16) (added int, err 
 		m.parked, m.behind = true, held || p.cut() || found[m.key] >= perKey
 	}
 	if p.cut() {
-		r.hand.lookAgain(keys)
+		r.hand.keysChanged(keys)
 	}
-	return r.hand.admit(due), nil
+	return r.hand.admit(due) > 0, nil
 }

@@ -14,10 +14,10 @@ import (
 // errGoneBack says that ids will be issued again that were seen.
 var errGoneBack = errors.New("the sequence has gone back: another server answers, or it was restored")
 
-// look says whether there may be something above the floor. While nothing has come for
+// anyNew says whether there may be something above the floor. While nothing has come for
 // a while it asks, at a fraction of the cost of a page, whether an id was drawn. Now and
 // then a page is read all the same: ids need not come from the sequence.
-func (r *reader) look(ctx context.Context) (drawn bool, err error) {
+func (r *reader) anyNew(ctx context.Context) (drawn bool, err error) {
 	if !r.idling || len(r.gaps.groups) > 0 {
 		r.noParked = false // for all that is known without asking
 		return true, nil
@@ -37,27 +37,27 @@ func (r *reader) look(ctx context.Context) (drawn bool, err error) {
 		r.anyParked.ran(asked)
 	}
 	if free {
-		notify(r.leases.look)
+		notify(r.leases.wake)
 	}
 	r.noParked = !parked
 	return last != r.floor, nil
 }
 
 // readNew reads what is above the floor or in a gap.
-func (r *reader) readNew(ctx context.Context, ours []int16) (added int, err error) {
+func (r *reader) readNew(ctx context.Context, ours []int16) (more bool, err error) {
+	if drawn, err := r.anyNew(ctx); err != nil || !drawn || r.scan.urgent {
+		return false, err
+	}
 	r.readAt = time.Now()
 	p, err := r.readPage(ctx, ours)
 	if err != nil {
-		return 0, err
+		return false, err
 	}
-	r.gaps.looked(p.running, r.readAt, p.upTo)
-	added = r.hand.admit(p.messages)
+	r.gaps.readUpTo(p.running, r.readAt, p.upTo)
+	added := r.hand.admit(p.messages)
 	r.gaps.fill(p.ids)
 	r.raise(p)
-	if p.cut() {
-		added = max(added, 1)
-	}
-	return added, nil
+	return added > 0 || p.cut(), nil
 }
 
 // readPage reads, in one snapshot, what is above the floor, in a fresh gap, or in one

@@ -73,10 +73,10 @@ func (g *gaps) ended(s snapshot) []span {
 	return all
 }
 
-// looked records that a read with snapshot s, which began then, has looked into what
+// readUpTo records that a read with snapshot s, which began then, has looked into what
 // fresh and ended returned, up to the id upTo. Gaps that nobody can fill any more are
 // forgotten.
-func (g *gaps) looked(s snapshot, began time.Time, upTo int64) {
+func (g *gaps) readUpTo(s snapshot, began time.Time, upTo int64) {
 	var kept []gapGroup
 	keep := func(group gapGroup) {
 		if group.settled && group.fillers.size() == 0 || len(group.spans) == 0 {

@@ -76,7 +76,7 @@ func TestGapsAreSettledUpToWhereTheReadWent(t *testing.T) {
 		g := gaps{}
 		g.add(spans, now)
 		s := snapshot{listed: []uint64{100}, xmax: 105, next: 105}
-		g.looked(s, now.Add(gapMoment), at)
+		g.readUpTo(s, now.Add(gapMoment), at)
 		if got := ids(g.fresh()); !slices.Equal(got, left) {
 			t.Errorf("fresh: %v, want %v", got, left)
 		}
@@ -94,22 +94,22 @@ func TestGapIsLookedIntoOnlyWhileItCanBeFilled(t *testing.T) {
 	at := func(xids ...uint64) snapshot { return snapshot{listed: xids, xmax: 105, next: 105} }
 	g := gaps{}
 	g.add([]span{{5, 9}}, now)
-	g.looked(at(100, 101), now.Add(gapMoment/2), all)
+	g.readUpTo(at(100, 101), now.Add(gapMoment/2), all)
 	if len(g.fresh()) != 1 {
 		t.Fatal("forgotten while a transaction may have drawn an id and has no number yet")
 	}
-	g.looked(at(100, 102), now.Add(gapMoment), all) // 101 has ended, 102 came
+	g.readUpTo(at(100, 102), now.Add(gapMoment), all) // 101 has ended, 102 came
 	if len(g.fresh()) != 0 || len(g.ended(at(100, 102, 103))) != 0 {
 		t.Error("looked into while nothing can have changed")
 	}
 	if len(g.ended(at(100, 103))) != 1 {
 		t.Error("not looked into after 102 has ended")
 	}
-	g.looked(at(100, 103), now.Add(2*gapMoment), all)
+	g.readUpTo(at(100, 103), now.Add(2*gapMoment), all)
 	if len(g.ended(at(100))) != 0 || len(g.ended(at(104))) != 1 {
 		t.Error("waits for another transaction than 100")
 	}
-	g.looked(at(104), now.Add(3*gapMoment), all)
+	g.readUpTo(at(104), now.Add(3*gapMoment), all)
 	if len(g.groups) != 0 {
 		t.Errorf("remembered after all have ended: %v", g.groups)
 	}

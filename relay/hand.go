@@ -25,17 +25,16 @@ type hand struct {
 	waitBytes int                  // of their payloads
 	inFlight  int
 	refusing  int        // verdicts not settled
-	probing   int        // messages taken alone, other than those on trial
 	unsettled [lanes]int // messages whose rows are as they were read
 	taken     [lanes]int // of those, in flight or with a verdict
-	alone     []*message
+	trials    queue      // of what is on trial
+	probes    queue      // of what else is published alone
 	confirmed []*message
 	refused   []verdict
 	gone      []int64      // settled since the last read ended
-	look      []blockedKey // keys of which the parked messages have changed
+	changed   []blockedKey // keys of which the parked messages have changed
 
 	some   chan struct{} // something may be taken
-	probes chan struct{} // the same of what is alone
 	settle chan struct{} // there is something to settle
 	space  chan struct{} // something was settled
 }
@@ -60,7 +59,8 @@ func newHand() *hand {
 		routes:  make(map[destination]*route),
 		onTrial: make(map[destination]bool),
 		some:    make(chan struct{}, 1),
-		probes:  make(chan struct{}, 1),
+		trials:  queue{some: make(chan struct{}, 1)},
+		probes:  queue{some: make(chan struct{}, 1)},
 		settle:  make(chan struct{}, 1),
 		space:   make(chan struct{}, 1),
 	}
@@ -242,8 +242,7 @@ func (h *hand) retryAll(ms []*message) {
 		h.taken[m.lane]--
 		h.freePlace(m)
 		if m.alone {
-			h.alone = append(h.alone, m)
-			notify(h.probes)
+			h.pushAlone(m)
 		} else {
 			h.push(m)
 		}

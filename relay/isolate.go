@@ -29,8 +29,8 @@ type group struct {
 
 // died returns those of the messages in flight at the end of a connection that may
 // go out among others again; the rest is to be published apart.
-func (i *isolation) died(inFlight []*message, explained bool, published int64) (others []*message) {
-	if explained {
+func (i *isolation) died(inFlight []*message, ordered bool, published int64) (others []*message) {
+	if ordered {
 		return inFlight
 	}
 	var twice []*message
@@ -81,9 +81,9 @@ func (i *isolation) clear() (all []*message) {
 	return all
 }
 
-// explained says that the end of a connection was ordered, by an operator of the
+// wasOrdered says that the end of a connection was ordered, by an operator of the
 // broker or by us, so that no message caused it.
-func explained(cause error) bool {
+func wasOrdered(cause error) bool {
 	var closed *amqp.Error
 	return !errors.As(cause, &closed) || closed.Code == amqp.ConnectionForced
 }
@@ -134,7 +134,7 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	case end.stalled:
 		r.counts.unknown.Add(int64(n))
 		r.hand.try(end.inFlight)
-	case end.explained:
+	case end.ordered:
 		r.isolation.add(g.again(end.inFlight, time.Second))
 	case n > 1:
 		r.isolation.add(g.again(end.inFlight[:n/2], 0), g.again(end.inFlight[n/2:], 0))

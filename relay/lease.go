@@ -28,7 +28,7 @@ type leases struct {
 	useless func() bool // the broker has never been there, or away for long
 
 	changed chan struct{} // lanes came or went
-	look    chan struct{} // there may be lanes to take
+	wake    chan struct{} // there may be lanes to take
 	lost    atomic.Int64  // leases that ended before they were renewed
 
 	mu       sync.RWMutex
@@ -48,13 +48,13 @@ type drain struct {
 // within this time of the end of its lease.
 const round = time.Second
 
-// lookEvery bounds how often they are looked at because some are free.
-const lookEvery = 200 * time.Millisecond
+// takeEvery is how soon lanes are taken that somebody has left.
+const takeEvery = 200 * time.Millisecond
 
 func newLeases(db *pgxpool.Pool, sql statements, cfg Config, h *hand, health *condition) *leases {
 	return &leases{
 		db: db, sql: sql, name: cfg.Name, lease: cfg.Lease, hand: h,
-		log: cfg.Logger, health: health, changed: make(chan struct{}, 1), look: make(chan struct{}, 1), owner: uuid.New(),
+		log: cfg.Logger, health: health, changed: make(chan struct{}, 1), wake: make(chan struct{}, 1), owner: uuid.New(),
 	}
 }
 
@@ -122,15 +122,15 @@ func (l *leases) run(ctx context.Context) {
 		// A relay without lanes reads nothing that would tell it of free ones.
 		next := min(round, l.lease/3)
 		if l.owned() == [lanes]int64{} {
-			next = min(next, lookEvery)
+			next = min(next, takeEvery)
 		}
-		if pause(ctx, min(next, lookEvery)) != nil {
+		if pause(ctx, min(next, takeEvery)) != nil {
 			return
 		}
-		timer.Reset(next - min(next, lookEvery))
+		timer.Reset(next - min(next, takeEvery))
 		select {
 		case <-timer.C:
-		case <-l.look:
+		case <-l.wake:
 		case <-ctx.Done():
 			return
 		}

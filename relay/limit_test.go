@@ -53,8 +53,8 @@ func TestRefusedChannelsBlameNobodyAndAreNotAskedForWithoutPause(t *testing.T) {
 	probeCtx, stop := context.WithTimeout(ctx, 3*time.Second)
 	defer stop()
 	var probing sync.WaitGroup
-	for range probers {
-		probing.Go(func() { r.probe(probeCtx, probeCtx) })
+	for i := range probers {
+		probing.Go(func() { r.probe(probeCtx, probeCtx, i < probers/2) })
 	}
 	probing.Wait()
 	if n := dialled.Load(); n < 3 || n > 150 {

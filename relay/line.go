@@ -78,7 +78,7 @@ func (h *hand) emptied(l *line) {
 	switch {
 	case l.blocked:
 		if !l.headParked {
-			h.look = append(h.look, blockedKey{l.lane, l.key})
+			h.changed = append(h.changed, blockedKey{l.lane, l.key})
 		}
 		l.headParked = false
 	case l.passed == 0:

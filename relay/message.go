@@ -32,7 +32,6 @@ type message struct {
 
 	alone    bool          // to be published with nothing else in flight on its connection
 	onTrial  bool          // it is to show whether its destination answers
-	probing  bool          // it is taken, alone, and not on trial
 	patience time.Duration // how long it may be without an answer, alone; 0: ConfirmTimeout
 	deaths   int           // connections that ended while it was in flight, nobody knows why
 	route    *route        // on which it is ready or in flight; nil if alone

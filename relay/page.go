@@ -72,7 +72,7 @@ func (r *reader) read(ctx context.Context, db querier, sql string, rows int, our
 		return page{}, err
 	}
 	if p.free {
-		notify(r.leases.look)
+		notify(r.leases.wake)
 	}
 	size, now, mine := 0, r.leases.owned(), p.messages[:0]
 	for _, m := range p.messages {

@@ -1,26 +1,69 @@
 package relay
 
-import (
-	"context"
-	"slices"
-)
+import "context"
 
-// probe publishes what is to be published alone, until ctx ends: the probes of
-// suspects, what is on trial, and what may have closed a channel. Each time it does
-// so on a connection of its own, since a channel that waits for a queue that does
-// not answer cannot even be closed.
-func (r *Relay) probe(ctx, hard context.Context) {
+// queue is messages that are to be published alone.
+type queue struct {
+	messages []*message
+	some     chan struct{} // one may be taken
+}
+
+// pushAlone makes m ready to be published alone.
+func (h *hand) pushAlone(m *message) {
+	q := &h.probes
+	if m.onTrial {
+		q = &h.trials
+	}
+	q.messages = append(q.messages, m)
+	notify(q.some)
+}
+
+// takeAlone takes the next message that is to be published alone: first those on trial,
+// for which others wait.
+func (h *hand) takeAlone(trialsOnly bool) []*message {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	q := &h.trials
+	if len(q.messages) == 0 && !trialsOnly {
+		q = &h.probes
+	}
+	if len(q.messages) == 0 {
+		return nil
+	}
+	m := q.messages[0]
+	q.messages[0], q.messages = nil, q.messages[1:]
+	h.taken[m.lane]++
+	if len(q.messages) > 0 {
+		notify(q.some)
+	}
+	return []*message{m}
+}
+
+// probe publishes what is to be published alone, until ctx ends: what is on trial, and, if
+// it is not kept for that, the probes of suspects and what may have closed a channel. Each
+// time it does so on a connection of its own, since a channel that waits for a queue that
+// does not answer cannot even be closed.
+func (r *Relay) probe(ctx, hard context.Context, trialsOnly bool) {
+	trials, probes := r.hand.trials.some, r.hand.probes.some
+	if trialsOnly {
+		probes = nil
+	}
+	from := source{take: func(int) []*message { return r.hand.takeAlone(trialsOnly) }, back: r.hand.retryAll}
 	wait := newBackOff()
 	for {
+		var woken chan struct{}
 		select {
-		case <-r.hand.probes:
+		case <-trials:
+			woken = trials
+		case <-probes:
+			woken = probes
 		case <-ctx.Done():
 			return
 		}
-		end, err := r.publishApart(ctx, hard, 1, true, source{take: r.hand.takeAlone, back: r.hand.retryAll})
+		end, err := r.publishApart(ctx, hard, 1, true, from)
 		if err != nil { // the other connection's condition tells
 			_ = pause(ctx, wait.NextBackOff()) // its end is seen next time
-			notify(r.hand.probes)
+			notify(woken)
 			continue
 		}
 		wait.Reset()
@@ -28,31 +71,8 @@ func (r *Relay) probe(ctx, hard context.Context) {
 			if m == end.overdue {
 				r.refuse(m, silent, "its destination does not answer")
 			} else {
-				r.unknownAll(r.isolation.died([]*message{m}, end.explained, r.counts.published.Load()))
+				r.unknownAll(r.isolation.died([]*message{m}, end.ordered, r.counts.published.Load()))
 			}
 		}
 	}
-}
-
-// takeAlone takes the next message that is to be published alone: first those on trial,
-// for which others wait.
-func (h *hand) takeAlone(int) []*message {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	i := slices.IndexFunc(h.alone, func(m *message) bool { return m.onTrial })
-	if i < 0 {
-		if len(h.alone) == 0 || h.probing >= probers/2 {
-			return nil
-		}
-		i = 0
-		h.alone[0].probing = true
-		h.probing++
-	}
-	m := h.alone[i]
-	h.alone = slices.Delete(h.alone, i, i+1)
-	h.taken[m.lane]++
-	if len(h.alone) > 0 {
-		notify(h.probes)
-	}
-	return []*message{m}
 }

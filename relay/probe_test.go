@@ -2,7 +2,6 @@ package relay
 
 import (
 	"context"
-	"log/slog"
 	"sync"
 	"testing"
 	"time"
@@ -15,16 +14,8 @@ import (
 func TestProbingGoesOnAfterLanesWereLost(t *testing.T) {
 	t.Parallel()
 	db := testenv.Schema(t)
-	pub, err := RabbitMQ(testenv.AMQPURL(t), RabbitMQConfig{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := New(db.Pool, pub, Config{Schema: db.Schema, Logger: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := newRelay(t, db.Pool, db.Schema)
 	ctx, cancel := context.WithCancel(testenv.Context(t))
-	r.connected.Store(true)
 	if err := r.leases.once(ctx, true); err != nil {
 		t.Fatal(err)
 	}
@@ -40,7 +31,7 @@ func TestProbingGoesOnAfterLanesWereLost(t *testing.T) {
 	r.hand.admit(all)
 	r.hand.retryAll(r.hand.take(len(all)))
 	var probing sync.WaitGroup
-	probing.Go(func() { r.probe(ctx, ctx) })
+	probing.Go(func() { r.probe(ctx, ctx, false) })
 	defer probing.Wait()
 	defer cancel()
 	testenv.Eventually(t, 10*time.Second, "the last has been tried: there is no such queue", func() bool {

@@ -44,7 +44,7 @@ const (
 	defaultConfirmTimeout = 15 * time.Second
 	channels              = 4  // for all but what is alone
 	window                = 64 // messages in flight on each
-	probers               = 16 // connections for what is alone, while there is something; half of them for trials
+	probers               = 16 // connections for what is alone, while there is something; half of them for trials alone
 )
 
 // RabbitMQ returns a Publisher for amqpURL: one URL, or several whole ones

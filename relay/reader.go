@@ -32,17 +32,17 @@ type reader struct {
 	floor  int64
 	gaps   gaps
 	scan   scan
-	dueAt  time.Time  // when parked messages were last looked at
-	recall []recalled // suspects no more: what was parked for them is read before its time
+	readAt time.Time // when a read of what is above the floor last began
+	loaded bool      // the last round found something
+	idling bool      // nothing has come for a while
+	slow   int       // reads in a row that took too long
 
-	recallAt time.Time // when nothing was found for the first of them
-	walked   string    // the last key of which the parked messages were looked at
-	walkedAt time.Time // when
-	loaded   bool      // the last read found something
-	slow     int       // reads in a row that took too long
-	readAt   time.Time // when a read of what is above the floor last began
-	idling   bool      // nothing has come for a while
-	noParked bool      // nor was anything parked at the last look
+	recall   []recalled // suspects no more: what was parked for them is read before its time
+	recallAt time.Time  // when nothing was found for the first of them
+	dueAt    time.Time  // when nothing was due
+	walked   string     // the last key of which the parked messages were looked at
+	walkedAt time.Time  // when
+	noParked bool       // nothing was parked when last asked
 
 	// Looks that have to pass over rows of outbox_parked that are dead and that
 	// somebody's snapshot keeps. Until each may be repeated:
@@ -50,17 +50,6 @@ type reader struct {
 	anyParked pace // something is taken to be parked
 	anyKey    pace // each key of a page is looked up, not whether any is parked
 	walking   pace // operators' changes to parked messages go unseen
-}
-
-// pace keeps what may take long to a part of the time, as long as it takes no more than
-// a fraction of a second.
-type pace struct{ next time.Time }
-
-func (p *pace) due() bool { return !time.Now().Before(p.next) }
-
-// ran records that it was done since began.
-func (p *pace) ran(began time.Time) {
-	p.next = time.Now().Add(min(scanLoad*time.Since(began), scanEvery))
 }
 
 const (
@@ -90,7 +79,7 @@ func (r *reader) run(ctx context.Context) {
 			wait, r.idling = 0, false
 		case <-r.leases.changed:
 		}
-		added, err := r.once(ctx)
+		more, err := r.once(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -107,7 +96,7 @@ func (r *reader) run(ctx context.Context) {
 				return
 			}
 			wait = 0
-		case added > 0:
+		case more:
 			wait = 0
 		default:
 			wait = min(max(2*wait, time.Millisecond), r.idle)
@@ -120,18 +109,18 @@ func (r *reader) run(ctx context.Context) {
 // the start it may have to pass over millions of dead rows that a snapshot keeps.
 func (r *reader) limit() time.Duration { return readTimeout << min(r.slow, 5) }
 
-// once does one round of reading and returns how many messages were new. After an
+// once does one round of reading and says whether there may be more. After an
 // error nothing is known any more of what was there: another server may answer
 // from now on, which issues ids again that were seen. Not so if a statement was
 // cancelled, by statement_timeout or by hand: the session goes on.
-func (r *reader) once(ctx context.Context) (added int, err error) {
+func (r *reader) once(ctx context.Context) (more bool, err error) {
 	defer r.hand.readEnded()
 	ours := r.lanes()
 	r.hand.readEnded() // of a lane that is ours again, what came to nothing is read again
 	if len(ours) == 0 || r.hand.full() {
-		return 0, nil
+		return false, nil
 	}
-	added, err = r.readAll(ctx, ours)
+	more, err = r.readAll(ctx, ours)
 	var cancelled *pgconn.PgError
 	switch {
 	case err == nil:
@@ -144,47 +133,36 @@ func (r *reader) once(ctx context.Context) (added int, err error) {
 		r.floor, r.gaps, r.scan = 0, gaps{}, scan{}
 		r.hand.startOver(func(int16) bool { return true })
 	}
-	r.loaded = added > 0
-	return added, err
+	r.loaded = more
+	return more, err
 }
 
-func (r *reader) readAll(ctx context.Context, ours []int16) (added int, err error) {
-	drawn, err := r.look(ctx)
-	if err != nil {
-		return 0, fmt.Errorf("read last id: %w", err)
-	}
-	if drawn && !r.scan.urgent {
-		if added, err = r.readNew(ctx, ours); err != nil {
-			return added, fmt.Errorf("read outbox: %w", err)
+// readAll takes the steps of a round. Each says whether there may be more.
+func (r *reader) readAll(ctx context.Context, ours []int16) (more bool, err error) {
+	for _, step := range []struct {
+		what string
+		read func(context.Context, []int16) (bool, error)
+	}{
+		{"outbox", r.readNew}, // what is above the floor, or in a gap
+		{"outbox again", r.readOld},
+		{"what was passed over", r.readPassedOver},
+		{"outbox_parked", r.readDue},
+		{"outbox_parked", r.readBlocked}, // of keys the head of which may go
+	} {
+		found, err := step.read(ctx, ours)
+		more = more || found
+		if err != nil {
+			return more, fmt.Errorf("read %s: %w", step.what, err)
 		}
 	}
-	n, err := r.readOld(ctx, ours)
-	added += n
-	if err != nil {
-		return added, fmt.Errorf("read outbox again: %w", err)
-	}
-	n, err = r.readPassedOver(ctx, ours)
-	added += n
-	if err != nil {
-		return added, fmt.Errorf("read what was passed over: %w", err)
-	}
-	n, err = r.readDue(ctx, ours)
-	added += n
-	if err == nil {
-		n, err = r.readBlocked(ctx, ours)
-		added += n
-	}
-	if err != nil {
-		return added, fmt.Errorf("read outbox_parked: %w", err)
-	}
-	return added, nil
+	return more, nil
 }
 
 // readPassedOver reads what was passed over of keys that have room again.
-func (r *reader) readPassedOver(ctx context.Context, ours []int16) (added int, err error) {
+func (r *reader) readPassedOver(ctx context.Context, ours []int16) (more bool, err error) {
 	lines, from := r.hand.passedOver()
 	if len(lines) == 0 {
-		return 0, nil
+		return false, nil
 	}
 	keys := make([]string, len(lines))
 	for i, l := range lines {
@@ -198,17 +176,14 @@ func (r *reader) readPassedOver(ctx context.Context, ours []int16) (added int, e
 		return r.readSpans(ctx, db, []span{{from, to}}, ours, keys...)
 	})
 	if err != nil {
-		return 0, err
+		return false, err
 	}
-	if added = r.hand.readmit(lines, p.messages, p.upTo); p.cut() {
-		added = max(added, 1)
-	}
-	return added, nil
+	return r.hand.readmit(lines, p.messages, p.upTo) > 0 || p.cut(), nil
 }
 
 // readDue reads parked messages whose time has come, and first those for places that
 // are suspect no more.
-func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err error) {
+func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err error) {
 	r.recall = append(r.recall, r.suspects.takeCleared()...)
 	for len(r.recall) > 0 && !r.hand.full() && time.Since(r.recallAt) > recallEvery {
 		p, quiet := r.recall[0], r.hand.quiet()
@@ -219,9 +194,10 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err erro
 		}
 		n, err := r.readParked(ctx, ours, suspectDelay, &p.exchange, routingKey, nil)
 		if err != nil {
-			return added, err
+			return more, err
 		}
-		if added += n; n > 0 {
+		if n > 0 {
+			more = true
 			continue
 		}
 		if !quiet && time.Since(p.at) < recallFor { // some are still on their way to the table
@@ -232,7 +208,7 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err erro
 	}
 	now := time.Now()
 	if r.noParked || now.Sub(r.dueAt) < dueEvery {
-		return added, nil
+		return more, nil
 	}
 	var lately *float64
 	if !r.allDue.due() {
@@ -246,11 +222,11 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (added int, err erro
 			r.allDue.ran(now)
 		}
 	}
-	return added + n, err
+	return more || n > 0, err
 }
 
 // readParked reads parked messages whose time comes within a while, or came lately.
-func (r *reader) readParked(ctx context.Context, ours []int16, within time.Duration, exchange, routingKey *string, lately *float64) (int, error) {
+func (r *reader) readParked(ctx context.Context, ours []int16, within time.Duration, exchange, routingKey *string, lately *float64) (added int, err error) {
 	p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
 		return r.read(ctx, db, r.sql.due, duePerLane, ours, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
 	})
@@ -306,17 +282,14 @@ type scan struct {
 	pace   pace
 }
 
-const (
-	scanStep  = 10_000
-	scanEvery = 10 * time.Second
-	scanLoad  = 50 // one part of the time at most
-)
+// scanStep is how many ids are read at once, to begin with.
+const scanStep = 10_000
 
 // readOld takes one step of the scan.
-func (r *reader) readOld(ctx context.Context, ours []int16) (added int, err error) {
+func (r *reader) readOld(ctx context.Context, ours []int16) (more bool, err error) {
 	began := time.Now()
 	if !r.scan.urgent && !r.scan.pace.due() {
-		return 0, nil
+		return false, nil
 	}
 	r.scan.step = max(r.scan.step, scanStep)
 	to := min(r.scan.at+r.scan.step, r.floor)
@@ -325,11 +298,11 @@ func (r *reader) readOld(ctx context.Context, ours []int16) (added int, err erro
 			return r.readSpans(ctx, db, []span{{r.scan.at + 1, to}}, ours)
 		})
 		if err != nil {
-			return 0, err
+			return false, err
 		}
 		// What is in a gap comes with all that its transaction wrote, not part by part.
 		p.messages = slices.DeleteFunc(p.messages, func(m *message) bool { return r.gaps.hold(m.id) })
-		added = r.hand.admit(p.messages)
+		more = r.hand.admit(p.messages) > 0
 		to = min(to, p.upTo)
 	}
 	took := time.Since(began)
@@ -342,9 +315,9 @@ func (r *reader) readOld(ctx context.Context, ours []int16) (added int, err erro
 		r.scan.step /= 2
 	}
 	if r.scan.at >= r.floor {
-		r.scan = scan{step: r.scan.step, pace: pace{time.Now().Add(scanEvery)}}
+		r.scan = scan{step: r.scan.step, pace: pace{time.Now().Add(paceMost)}}
 	} else if r.scan.urgent {
-		added = max(added, 1)
+		more = true
 	}
-	return added, nil
+	return more, nil
 }

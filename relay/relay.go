@@ -108,8 +108,8 @@ func (r *Relay) Run(ctx context.Context) error {
 	settling.Go(func() { r.settler.run(hard, stopSettling) })
 	publishing.Go(func() { r.publishLoop(ctx, hard) })
 	publishing.Go(func() { r.isolate(ctx, hard) })
-	for range probers {
-		publishing.Go(func() { r.probe(ctx, hard) })
+	for i := range probers {
+		publishing.Go(func() { r.probe(ctx, hard, i < probers/2) })
 	}
 	reading.Go(func() { r.reader.run(ctx) })
 	reading.Go(func() { r.refusals.watch(ctx) })
@@ -168,7 +168,7 @@ func (r *Relay) publishLoop(ctx, hard context.Context) {
 		if err == nil {
 			r.broker.set(nil)
 			r.connected.Store(true)
-			notify(r.leases.look)
+			notify(r.leases.wake)
 			connected := time.Now()
 			r.upSince.Store(since())
 			err = r.publish(ctx, hard, conn)

@@ -86,11 +86,6 @@ func (h *hand) endTrial(m *message) {
 
 // freePlace gives the place of m in the window to another.
 func (h *hand) freePlace(m *message) {
-	if m.probing {
-		m.probing = false
-		h.probing--
-		notify(h.probes)
-	}
 	r := m.route
 	if r == nil {
 		return
@@ -136,10 +131,9 @@ func (h *hand) try(ms []*message) {
 			m.alone, m.onTrial, m.patience = true, true, silentAfter
 		}
 		if m.alone {
-			h.alone = append(h.alone, m)
+			h.pushAlone(m)
 		} else {
 			h.push(m)
 		}
 	}
-	notify(h.probes)
 }

@@ -66,7 +66,7 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 		r.counts.unknown.Add(int64(len(s.orphans)))
 		r.hand.try(s.orphans)
 	} else {
-		r.unknownAll(r.isolation.died(s.orphans, stopping || explained(cause), r.counts.published.Load()))
+		r.unknownAll(r.isolation.died(s.orphans, stopping || wasOrdered(cause), r.counts.published.Load()))
 	}
 	if stopping {
 		return nil
@@ -90,10 +90,10 @@ func (s *session) end() {
 
 // apartEnd is how publishing apart has ended.
 type apartEnd struct {
-	inFlight  []*message // at the end of the connection
-	overdue   *message   // of those, the one that had no answer in time, alone
-	explained bool       // no message caused the end
-	stalled   bool       // the end was ours, since answers ceased to come
+	inFlight []*message // at the end of the connection
+	overdue  *message   // of those, the one that had no answer in time, alone
+	ordered  bool       // no message caused the end
+	stalled  bool       // the end was ours, since answers ceased to come
 }
 
 // publishApart publishes what there is in a source on a connection of its own.
@@ -111,7 +111,7 @@ func (r *Relay) publishApart(ctx, hard context.Context, window int, prober bool,
 	c.publish(ctx, from)
 	s.end()
 	r.hand.apart(s.orphans)
-	return apartEnd{s.orphans, c.overdue, explained(context.Cause(ctx)), s.stalled.Load()}, nil // the cause is known when all has ended
+	return apartEnd{s.orphans, c.overdue, wasOrdered(context.Cause(ctx)), s.stalled.Load()}, nil // the cause is known when all has ended
 }
 
 // watch notices the end of the connection, and alarms that make the broker stop

@@ -273,7 +273,7 @@ func TestMessageThatWasJustParkedIsRecalled(t *testing.T) {
 		}
 		s.hand.refuse(verdict{message: taken[0], reason: "retry", delay: suspectDelay - time.Minute})
 		s.settle()
-		s.suspects.cleared = []recalled{{placesOf(taken[0])[1], time.Now()}}
+		s.suspects.cleared = []recalled{{placeOf(taken[0]), time.Now()}}
 	}
 	s.read()
 	if len(s.hand.take(1)) != 1 {

@@ -32,9 +32,9 @@ type place struct {
 	whole bool
 }
 
-func placesOf(m *message) [2]place {
-	return [2]place{{destination{exchange: m.exchange}, true}, {m.destination, false}}
-}
+func placeOf(m *message) place { return place{m.destination, false} }
+
+func exchangeOf(m *message) place { return place{destination{exchange: m.exchange}, true} }
 
 // recalled is a place that was cleared.
 type recalled struct {
@@ -61,7 +61,7 @@ func newSuspects() *suspects { return &suspects{byPlace: make(map[place]*suspect
 
 // of returns the suspect to which m goes, or nil. The caller holds mu.
 func (s *suspects) of(m *message) *suspect {
-	for _, p := range placesOf(m) {
+	for _, p := range [...]place{exchangeOf(m), placeOf(m)} {
 		if x := s.byPlace[p]; x != nil {
 			return x
 		}
@@ -139,7 +139,7 @@ func (s *suspects) forget(m *message) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range placesOf(m) {
+	for _, p := range [...]place{exchangeOf(m), placeOf(m)} {
 		if x := s.byPlace[p]; x != nil && x.probe == m {
 			x.probe = nil
 		}
@@ -154,7 +154,7 @@ func (s *suspects) clear(m *message) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range placesOf(m) {
+	for _, p := range [...]place{exchangeOf(m), placeOf(m)} {
 		if s.byPlace[p] != nil {
 			delete(s.byPlace, p)
 			s.cleared = append(s.cleared, recalled{p, time.Now()})

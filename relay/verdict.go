@@ -55,9 +55,9 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 		if !m.alone || why == silent {
 			v.spend = 0
 		}
-		p := placesOf(m)[1]
+		p := placeOf(m)
 		if why == missing {
-			p = placesOf(m)[0]
+			p = exchangeOf(m)
 		}
 		v.delay = r.suspects.accuse(p, m, v.lastError)
 	case suspected:
