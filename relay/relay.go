@@ -72,7 +72,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	}
 	r.settler = &settler{
 		db: db, sql: sql, hand: r.hand, leases: r.leases, retryFor: cfg.RetryFor, health: &r.settling,
-		lockedWait: lockedFirst, locks: &r.locks, dead: r.refusals.dead,
+		locked: locked{told: &r.locks}, dead: r.refusals.dead,
 	}
 	return r, nil
 }

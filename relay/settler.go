@@ -2,14 +2,12 @@ package relay
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -24,50 +22,31 @@ type settler struct {
 	retryFor time.Duration
 	health   *condition
 	dead     func(v verdict) // is told of messages that wait for a human
-
-	// Those whose rows somebody has locked. They are written when that is over.
-	lockedConfirmed []*message
-	lockedRefused   []verdict
-	lockedWait      time.Duration // between two tries
-	lockedNext      time.Time     // when they are tried again
-	lockedSince     time.Time     // when the first of them was found
-	locks           *condition    // is told of them
+	locked   locked
 }
 
 const (
 	settleRows    = 1000
 	settleDelay   = 30 * time.Millisecond // for more to settle at once
 	settleTimeout = 10 * time.Second
-	// Rows that were locked are tried again after that, the longer the longer they are.
-	lockedFirst = time.Second
-	lockedMost  = 10 * time.Second
-	lockedLong  = 10 * time.Second // after that it is told
-	// lockWait is how long a statement waits for a row that somebody has locked, and
-	// lockWaitHalf how long, when it did so in vain, its halves do.
-	lockWait     = "200ms"
-	lockWaitHalf = "1ms"
-	maxAttempts  = 1_000_000_000
+	maxAttempts   = 1_000_000_000
 )
 
 // run settles until stop is closed and nothing is left, or ctx ends.
 func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 	for stopping := false; !stopping; {
-		var unlocked <-chan time.Time
-		if s.anyLocked() {
-			unlocked = time.After(time.Until(s.lockedNext))
-		}
 		select {
 		case <-s.hand.settle:
 			if !s.hand.muchToSettle() {
 				s.more(ctx, stop)
 			}
-		case <-unlocked:
+		case <-s.locked.due():
 		case <-stop:
 			stopping = true
 		case <-ctx.Done():
 			return
 		}
-		if s.anyLocked() && (stopping || !time.Now().Before(s.lockedNext)) && !s.settleLocked(ctx) {
+		if s.locked.any() && (stopping || !time.Now().Before(s.locked.next)) && !s.settleLocked(ctx) {
 			return
 		}
 		for more := true; more; more = stopping || s.hand.muchToSettle() {
@@ -80,47 +59,6 @@ func (s *settler) run(ctx context.Context, stop <-chan struct{}) {
 			}
 		}
 	}
-}
-
-// anyLocked says that something waits for others' locks.
-func (s *settler) anyLocked() bool { return len(s.lockedConfirmed)+len(s.lockedRefused) > 0 }
-
-// settleLocked tries again what was locked; it returns false if ctx ended. A refusal is
-// given up when its lane has gone, since it would come to nothing: the row is left to the
-// next owner.
-func (s *settler) settleLocked(ctx context.Context) bool {
-	confirmed, refused := s.lockedConfirmed, s.lockedRefused
-	s.lockedConfirmed, s.lockedRefused = nil, nil
-	owned, ours := s.leases.owned(), refused[:0]
-	for _, v := range refused {
-		if v.epoch == owned[v.lane] {
-			ours = append(ours, v)
-		} else {
-			s.hand.giveUp(v)
-		}
-	}
-	if !s.settleAll(ctx, confirmed, ours) {
-		return false
-	}
-	if !s.anyLocked() {
-		s.lockedWait, s.lockedSince = lockedFirst, time.Time{}
-		s.locks.set(nil)
-		return true
-	}
-	s.lockedWait = min(2*s.lockedWait, lockedMost)
-	s.lockedNext = time.Now().Add(s.lockedWait)
-	if time.Since(s.lockedSince) > lockedLong {
-		s.locks.set(fmt.Errorf("%d rows are locked by other sessions, one of them of message %s", len(s.lockedConfirmed)+len(s.lockedRefused), s.oneLocked()))
-	}
-	return true
-}
-
-// oneLocked returns the ID of a message whose row is locked.
-func (s *settler) oneLocked() uuid.UUID {
-	if len(s.lockedConfirmed) > 0 {
-		return s.lockedConfirmed[0].messageID
-	}
-	return s.lockedRefused[0].messageID
 }
 
 // more waits for more to settle at once.
@@ -145,9 +83,7 @@ func (s *settler) settleAll(ctx context.Context, confirmed []*message, refused [
 		}
 		s.health.set(err)
 		if err == nil {
-			if s.anyLocked() && s.lockedSince.IsZero() {
-				s.lockedSince, s.lockedNext = time.Now(), time.Now().Add(s.lockedWait)
-			}
+			s.locked.found()
 			return true
 		}
 		if pause(ctx, min(backOff(failures), time.Second)) != nil {
@@ -168,7 +104,7 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 			fresh = append(fresh, m)
 		}
 	}
-	moved, locked, err := s.deleteFresh(ctx, fresh, lockWait)
+	moved, locked, err := s.deleteFresh(ctx, fresh)
 	if err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
 	}
@@ -182,7 +118,7 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 	for _, m := range confirmed {
 		if left[m.id] {
 			s.hand.putAside(m)
-			s.lockedConfirmed = append(s.lockedConfirmed, m)
+			s.locked.confirmed = append(s.locked.confirmed, m)
 		} else {
 			s.hand.deleted(m)
 		}
@@ -192,28 +128,16 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 
 // deleteFresh deletes messages from outbox. It returns those some of which another owner
 // of the lane has parked, and those that somebody has locked.
-func (s *settler) deleteFresh(ctx context.Context, ms []*message, wait string) (moved, locked []*message, err error) {
-	if len(ms) == 0 {
-		return nil, nil, nil
-	}
-	ids, messageIDs := identities(ms)
-	gone, err := s.exec(ctx, s.sql.delete, ids, messageIDs, wait)
-	switch {
-	case isLocked(err) && len(ms) == 1:
-		return nil, ms, nil
-	case isLocked(err): // the locked ones are in one half or both
-		half := len(ms) / 2
-		moved, locked, err = s.deleteFresh(ctx, ms[:half], lockWaitHalf)
-		if err == nil {
-			var more, moreLocked []*message
-			more, moreLocked, err = s.deleteFresh(ctx, ms[half:], lockWaitHalf)
-			moved, locked = append(moved, more...), append(locked, moreLocked...)
+func (s *settler) deleteFresh(ctx context.Context, ms []*message) (moved, locked []*message, err error) {
+	locked, err = byHalves(ms, func(ms []*message, wait string) error {
+		ids, messageIDs := identities(ms)
+		gone, err := s.exec(ctx, s.sql.delete, ids, messageIDs, wait)
+		if err == nil && gone < len(ms) {
+			moved = append(moved, ms...)
 		}
-		return moved, locked, err
-	case err == nil && gone < len(ms):
-		moved = ms
-	}
-	return moved, nil, err
+		return err
+	})
+	return moved, locked, err
 }
 
 // deleteParked deletes messages from outbox_parked. It returns those that are left,
@@ -238,12 +162,6 @@ func (s *settler) deleteParked(ctx context.Context, ms []*message) (left map[int
 	return left, err
 }
 
-// isLocked says that a statement gave up, since somebody has locked a row.
-func isLocked(err error) bool {
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && pgErr != nil && pgErr.Code == "55P03"
-}
-
 // identities returns ids and message IDs; pgx takes its time for uuid.UUIDs.
 func identities(ms []*message) (ids []int64, messageIDs [][16]byte) {
 	ids, messageIDs = make([]int64, len(ms)), make([][16]byte, len(ms))
@@ -264,7 +182,10 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 			fresh = append(fresh, v)
 		}
 	}
-	locked, err := s.parkFresh(ctx, fresh, lockWait)
+	locked, err := byHalves(fresh, func(fresh []verdict, wait string) error {
+		_, err := s.exec(ctx, s.sql.park, append(s.arrays(fresh), wait)...)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("park refused messages: %w", err)
 	}
@@ -274,7 +195,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 			return fmt.Errorf("park refused messages again: %w", err)
 		}
 	}
-	s.lockedRefused = append(s.lockedRefused, locked...)
+	s.locked.refused = append(s.locked.refused, locked...)
 	for _, v := range refused {
 		if slices.ContainsFunc(locked, func(l verdict) bool { return l.id == v.id }) {
 			continue
@@ -285,26 +206,6 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		s.hand.recorded(v)
 	}
 	return nil
-}
-
-// parkFresh moves messages out of outbox. It returns those that somebody has locked.
-func (s *settler) parkFresh(ctx context.Context, fresh []verdict, wait string) (locked []verdict, err error) {
-	if len(fresh) == 0 {
-		return nil, nil
-	}
-	_, err = s.exec(ctx, s.sql.park, append(s.arrays(fresh), wait)...)
-	switch {
-	case isLocked(err) && len(fresh) == 1:
-		return fresh, nil
-	case isLocked(err):
-		half := len(fresh) / 2
-		var more []verdict
-		if locked, err = s.parkFresh(ctx, fresh[:half], lockWaitHalf); err == nil {
-			more, err = s.parkFresh(ctx, fresh[half:], lockWaitHalf)
-		}
-		return append(locked, more...), err
-	}
-	return nil, err
 }
 
 // parkAgain returns which messages are dead now.
