@@ -115,6 +115,7 @@ func (h *hand) admitAll(page []*message) (added int) {
 			if l.unsettled == 0 {
 				l.blocked = l.blocked || m.behind
 			}
+			l.headParked = l.headParked && !m.parked
 			l.unsettled++
 		}
 		h.byID[m.id] = m

@@ -80,7 +80,6 @@ func (h *hand) emptied(l *line) {
 		if !l.headParked {
 			h.changed = append(h.changed, blockedKey{l.lane, l.key})
 		}
-		l.headParked = false
 	case l.passed == 0:
 		delete(h.lines, l.key)
 	}
