@@ -78,8 +78,10 @@ func (c *channel) doubt() {
 		c.doubted, c.doubtedAt = tag, since()
 	}
 	if tag == c.doubted && since()-c.doubtedAt > int64(doubtFor) {
+		c.alert.Store(true)
 		c.giveUp(oldest, fmt.Errorf("no answer to some messages within %s, while others had theirs", silentAfter))
 	} else if limit := c.limit(oldest); c.unanswered(oldest, limit) {
+		c.alert.Store(limit == c.relay.pub.cfg.ConfirmTimeout) // an alert does not prolong itself
 		c.giveUp(oldest, fmt.Errorf("no answer from the broker within %s", limit))
 	}
 }

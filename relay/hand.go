@@ -27,8 +27,8 @@ type hand struct {
 	refusing  int        // verdicts not settled
 	unsettled [lanes]int // messages whose rows are as they were read
 	taken     [lanes]int // of those, in flight or with a verdict
-	trials    queue      // of what is on trial
-	probes    queue      // of what else is published alone
+	trials    queue      // of what is on trial, or may have closed a channel
+	probes    queue      // of the probes of suspects
 	confirmed []*message
 	refused   []verdict
 	gone      []int64      // settled since the last read ended
@@ -317,13 +317,14 @@ func (h *hand) settled(m *message) {
 	if !m.aside {
 		h.taken[m.lane]--
 		h.unsettled[m.lane]--
+		h.uncount(m)
 	}
-	h.uncount(m)
+	notify(h.space)
 	h.gone = append(h.gone, m.id)
 }
 
-// putAside counts a confirmed message, whose row cannot be deleted yet, out of its lane:
-// that need not wait for it. If its row is still there when another owns the lane, the
+// putAside counts a confirmed message, whose row cannot be deleted yet, out of its lane
+// and its line: they need not wait for it. If its row is still there when another owns the lane, the
 // message is published twice.
 func (h *hand) putAside(m *message) {
 	h.mu.Lock()
@@ -332,6 +333,7 @@ func (h *hand) putAside(m *message) {
 		m.aside = true
 		h.taken[m.lane]--
 		h.unsettled[m.lane]--
+		h.uncount(m)
 	}
 }
 

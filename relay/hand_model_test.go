@@ -18,6 +18,7 @@ type tables struct {
 	parked   map[int64]string // the reason
 	page     []*message       // read, and not admitted yet
 	inFlight []*message
+	locked   []*message
 	accepted []int64 // by the broker, in order
 }
 
@@ -140,15 +141,29 @@ func (s *tables) unknown(*rapid.T) {
 	}
 }
 
+func (s *tables) delete(m *message) {
+	s.outbox = slices.DeleteFunc(s.outbox, func(id int64) bool { return id == m.id })
+	delete(s.parked, m.id)
+	s.hand.deleted(m)
+}
+
+// unlock lets the rows go that are locked.
+func (s *tables) unlock(*rapid.T) {
+	for _, m := range s.locked {
+		s.delete(m)
+	}
+	s.locked = nil
+}
+
 func (s *tables) settle(*rapid.T) {
 	confirmed, refused := s.hand.toSettle(rapid.IntRange(1, 4).Draw(s.T, "most"))
 	for _, m := range confirmed {
-		s.outbox = slices.DeleteFunc(s.outbox, func(id int64) bool { return id == m.id })
-		delete(s.parked, m.id)
-		if rapid.Bool().Draw(s.T, "its row was locked") {
+		if rapid.Bool().Draw(s.T, "its row is locked") {
 			s.hand.putAside(m)
+			s.locked = append(s.locked, m)
+		} else {
+			s.delete(m)
 		}
-		s.hand.deleted(m)
 	}
 	for _, v := range refused {
 		for _, id := range s.outbox {
@@ -171,7 +186,7 @@ func TestHandKeepsOrderAndForgetsNothing(t *testing.T) {
 		s := &tables{T: t, hand: newHand(), keys: make(map[int64]string), parked: make(map[int64]string)}
 		t.Repeat(map[string]func(*rapid.T){
 			"write": s.write, "read": s.read, "admit": s.admit, "read parked": s.readParked,
-			"take": s.take, "confirm": s.confirm, "refuse": s.refuse, "unknown": s.unknown, "settle": s.settle,
+			"take": s.take, "confirm": s.confirm, "refuse": s.refuse, "unknown": s.unknown, "settle": s.settle, "unlock": s.unlock,
 		})
 		for range 4*int(s.last) + 4 {
 			s.admit(t)
@@ -183,6 +198,7 @@ func TestHandKeepsOrderAndForgetsNothing(t *testing.T) {
 				s.confirm(t)
 			}
 			s.settle(t)
+			s.unlock(t)
 		}
 		s.hand.readEnded()
 		h := s.hand

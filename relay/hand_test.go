@@ -2,6 +2,7 @@ package relay
 
 import (
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -137,7 +138,7 @@ func TestTrialsGoBeforeProbesAndProbesLeaveThemRoom(t *testing.T) {
 	h := newHand()
 	for id := range int64(3) {
 		m := newMessage(id+1, "", "q")
-		m.alone, m.onTrial = true, id > 0
+		m.alone, m.onTrial, m.patience = true, id > 0, time.Second
 		h.byID[m.id] = m
 		h.pushAlone(m)
 	}
@@ -152,6 +153,26 @@ func TestTrialsGoBeforeProbesAndProbesLeaveThemRoom(t *testing.T) {
 		if got != c.want {
 			t.Errorf("taken: %d, not %d", got, c.want)
 		}
+	}
+}
+
+// Nothing more is taken for a destination that has yet to show that it answers.
+func TestWhatIsOnTrialIsNotTaken(t *testing.T) {
+	h := newHand()
+	var page []*message
+	for id := range int64(2 * channels * window) {
+		page = append(page, newMessage(id+1, "", "q"))
+	}
+	h.admit(page)
+	taken := h.take(len(page))
+	h.apart(taken)
+	h.try(taken)
+	if n := len(h.take(len(page))); n != 0 {
+		t.Errorf("%d taken", n)
+	}
+	h.confirm(h.takeAlone(true))
+	if n := len(h.take(len(page))); n == 0 {
+		t.Error("nothing is taken after the trial")
 	}
 }
 

@@ -11,7 +11,7 @@ type queue struct {
 // pushAlone makes m ready to be published alone.
 func (h *hand) pushAlone(m *message) {
 	q := &h.probes
-	if m.onTrial {
+	if m.onTrial || m.patience == 0 {
 		q = &h.trials
 	}
 	q.messages = append(q.messages, m)
@@ -19,7 +19,8 @@ func (h *hand) pushAlone(m *message) {
 }
 
 // takeAlone takes the next message that is to be published alone: first those on trial,
-// for which others wait.
+// for which others wait, and what may have closed a channel. The probes of suspects, many
+// of which may have no answer, come after them.
 func (h *hand) takeAlone(trialsOnly bool) []*message {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -33,14 +34,16 @@ func (h *hand) takeAlone(trialsOnly bool) []*message {
 	m := q.messages[0]
 	q.messages[0], q.messages = nil, q.messages[1:]
 	h.taken[m.lane]++
-	if len(q.messages) > 0 {
-		notify(q.some)
+	for _, q := range []*queue{&h.trials, &h.probes} {
+		if len(q.messages) > 0 {
+			notify(q.some)
+		}
 	}
 	return []*message{m}
 }
 
-// probe publishes what is to be published alone, until ctx ends: what is on trial, and, if
-// it is not kept for that, the probes of suspects and what may have closed a channel. Each
+// probe publishes what is to be published alone, until ctx ends: what is on trial or may
+// have closed a channel, and, if it is not kept for that, the probes of suspects. Each
 // time it does so on a connection of its own, since a channel that waits for a queue that
 // does not answer cannot even be closed.
 func (r *Relay) probe(ctx, hard context.Context, trialsOnly bool) {

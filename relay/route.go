@@ -54,6 +54,9 @@ func (h *hand) take(limit int) (taken []*message) {
 		r := h.turn[0]
 		h.turn[0], h.turn = nil, h.turn[1:]
 		r.inTurn = false
+		if h.onTrial[r.destination] {
+			continue // the end of the trial offers it again
+		}
 		n := max(0, min(len(r.ready), limit-len(taken), h.share()-r.inFlight))
 		for _, m := range r.ready[:n] {
 			r.bytes -= len(m.payload)

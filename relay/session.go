@@ -25,6 +25,7 @@ type session struct {
 	watchers     sync.WaitGroup // they end with the connection
 	lastAnswered atomic.Int64   // when the latest message that has an answer was sent
 	stalled      atomic.Bool    // it was given up for want of answers
+	alert        atomic.Bool    // and for alertFor that is done sooner
 
 	mu      sync.Mutex
 	open    chan struct{} // closed while the broker takes messages
@@ -62,7 +63,9 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 	s.end()
 	r.hand.apart(s.orphans)
 	if s.stalled.Load() {
-		r.stalledAt.Store(since())
+		if s.alert.Load() {
+			r.stalledAt.Store(since())
+		}
 		r.counts.unknown.Add(int64(len(s.orphans)))
 		r.hand.try(s.orphans)
 	} else {

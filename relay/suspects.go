@@ -93,6 +93,11 @@ func (s *suspects) admit(m *message) bool {
 func (s *suspects) accuse(p place, m *message, why string) (delay time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for _, other := range [...]place{exchangeOf(m), placeOf(m)} {
+		if x := s.byPlace[other]; other != p && x != nil && x.probe == m { // that told nothing of it
+			x.probe, x.next = nil, time.Now().Add(min(backOff(x.failures), maxProbe))
+		}
+	}
 	x := s.byPlace[p]
 	if x == nil {
 		for old := range s.byPlace { // any: it will be found out again

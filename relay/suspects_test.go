@@ -30,3 +30,22 @@ func TestMessagesOfASuspectAreReadAgainAtABoundedRate(t *testing.T) {
 		t.Errorf("cleared: %v", cleared)
 	}
 }
+
+// A probe of an exchange that was missing finds its queue silent: the exchange has another
+// probe all the same.
+func TestProbeThatAccusesAnotherPlaceEnds(t *testing.T) {
+	t.Parallel()
+	s := newSuspects()
+	probe, next := newMessage(1, "", "q"), newMessage(2, "", "q")
+	probe.parked, next.parked = true, true
+	s.accuse(exchangeOf(probe), newMessage(3, "", "q"), "missing")
+	s.admit(probe)
+	if !probe.alone {
+		t.Fatal("no probe was chosen")
+	}
+	s.accuse(placeOf(probe), probe, "silent")
+	s.byPlace[exchangeOf(probe)].next = time.Time{}
+	if s.admit(next); !next.alone {
+		t.Error("the exchange has no other probe")
+	}
+}
