@@ -103,9 +103,9 @@
 // the next look, and before what was written after it. Lanes that are newly owned are
 // scanned up to the floor first; what is in a gap is left to that look, too. So the
 // relay passes neither over the rows that it has deleted, however long somebody's
-// snapshot keeps them, nor waits for anybody's transaction. In outbox_parked, where nothing is in order, it
-// passes over such rows only now and then; in between it finds what has become due
-// within the last minute.
+// snapshot keeps them, nor waits for anybody's transaction. In outbox_parked, where
+// nothing is in order, it passes over such rows only now and then; in between it finds
+// what has become due within the last minute.
 //
 // # A lane
 //
