@@ -33,6 +33,7 @@ const collectAhead = 32
 // a while without, at all.
 func (c *channel) collect(all bool) {
 	var acked []*message
+	now := since()
 	before := len(c.pending)
 	kept, rest := c.pending[:0], before
 	for i, f := range c.pending {
@@ -48,7 +49,11 @@ func (c *channel) collect(all bool) {
 			c.undecided = append(c.undecided, f.message) // a closed channel answers like a nack
 			continue
 		}
-		c.answered(f.at)
+		c.answered(f.sentAt)
+		if now-f.sentAt > int64(silentAfter) {
+			_, open := c.alarmedSince()
+			c.relay.slow.answered(f.destination, time.Duration(now-max(f.sentAt, open)))
+		}
 		c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
 		if f.confirm.Acked() {
 			acked = append(acked, f.message)
@@ -127,10 +132,10 @@ func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
 func (c *channel) limit(f flight) time.Duration {
 	limit := c.relay.pub.cfg.ConfirmTimeout
 	if f.patience > 0 {
-		limit = min(limit, f.patience)
+		limit = min(limit, max(f.patience, c.relay.slow.patience(f.destination)))
 	}
 	if at := c.relay.stalledAt.Load(); !c.prober && at != 0 && since()-at < int64(alertFor) {
-		limit = min(limit, silentAfter+doubtFor)
+		limit = min(limit, max(silentAfter, c.relay.slow.patience(f.destination))+doubtFor)
 	}
 	return limit
 }
@@ -139,14 +144,14 @@ func (c *channel) limit(f flight) time.Duration {
 // messages.
 func (c *channel) unanswered(f flight, limit time.Duration) bool {
 	alarmed, open := c.alarmedSince()
-	return !alarmed && since()-max(f.at, open) > int64(limit)
+	return !alarmed && since()-max(f.sentAt, open) > int64(limit)
 }
 
 // overtaken says that a message has had no answer for a while, and others that
 // were sent after it have.
 func (c *channel) overtaken(f flight) bool {
-	return !c.prober && c.unanswered(f, silentAfter) &&
-		(c.answeredTag > f.confirm.DeliveryTag || c.lastAnswered.Load() > f.at+int64(sentApart))
+	return !c.prober && c.unanswered(f, max(silentAfter, c.relay.slow.patience(f.destination))) &&
+		(c.answeredTag > f.confirm.DeliveryTag || c.lastAnswered.Load() > f.sentAt+int64(sentApart))
 }
 
 // giveUp ends the connection: the broker reads nothing more from it while one of its

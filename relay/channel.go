@@ -37,7 +37,6 @@ type channel struct {
 type flight struct {
 	*message
 	confirm *amqp.DeferredConfirmation
-	at      int64 // when it was sent, by our monotonic clock
 }
 
 // source is where a channel takes its messages, and gives back those that it did
@@ -179,7 +178,8 @@ func (c *channel) send(m *message) bool {
 		c.undecided = append(c.undecided, m)
 		return false
 	}
-	c.pending = append(c.pending, flight{m, confirm, now})
+	m.sentAt = now
+	c.pending = append(c.pending, flight{m, confirm})
 	return true
 }
 

@@ -91,8 +91,13 @@
 //	 | `--- answered ---'          `--- no answer within 1.5 s -----|--'
 //	 `--------------------------------- its probe was answered -----'
 //
-// A message that ends connections is found by halves: what was in flight when two
-// connections died is published apart from all others. The one with which
+// A destination that answers, but late, is given twice the time that it took, until no
+// answer of it has been late for a minute. A message that had no answer as the probe is
+// suspect itself when others for its destination have theirs: it is tried alone, and
+// holds up nothing but its key.
+//
+// A message that ends connections, or that never gets an answer, is found by halves: what
+// was in flight at two such ends is published apart from all others. The one with which
 // connections end also when it is alone is dead, once others have got through.
 //
 // # The floor

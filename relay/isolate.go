@@ -10,9 +10,9 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// isolation looks for the message that ends connections. What was in flight at two
-// such ends is published apart from all others, on connections of its own, and by
-// halves while these end too.
+// isolation looks for the message that ends connections, or after which no answer comes.
+// What was in flight at two such ends is published apart from all others, on connections
+// of its own, and by halves while these end too.
 type isolation struct {
 	mu     sync.Mutex
 	groups []group
@@ -109,7 +109,8 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 
 // isolateOne publishes a group; if one of it ends the connection each half of it is
 // next. One message that does so time and again is dead, once others have got
-// through meanwhile: until then it may be the broker.
+// through meanwhile: until then it may be the broker. One that has no answer stands
+// trial.
 func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	unsent, tried := g.messages, since()
 	end, err := r.publishApart(ctx, hard, len(unsent), false, source{
@@ -131,10 +132,10 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	}
 	switch {
 	case n == 0:
-	case end.stalled:
-		r.counts.unknown.Add(int64(n))
+	case end.stalled && n == 1:
+		r.counts.unknown.Add(1)
 		r.hand.try(end.inFlight)
-	case end.ordered:
+	case end.ordered && !end.stalled:
 		r.isolation.add(g.again(end.inFlight, time.Second))
 	case n > 1:
 		r.isolation.add(g.again(end.inFlight[:n/2], 0), g.again(end.inFlight[n/2:], 0))

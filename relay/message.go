@@ -33,9 +33,10 @@ type message struct {
 	alone    bool          // to be published with nothing else in flight on its connection
 	onTrial  bool          // it is to show whether its destination answers
 	patience time.Duration // how long it may be without an answer, alone; 0: ConfirmTimeout
-	deaths   int           // connections that ended while it was in flight, nobody knows why
+	deaths   int           // connections that ended while it was in flight, nobody knows why, or were given up
 	route    *route        // on which it is ready or in flight; nil if alone
 	readyAt  int64         // since when, by our monotonic clock
+	sentAt   int64         // when it was last published, by the same
 	aside    bool          // confirmed, and its row is locked
 }
 

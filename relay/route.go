@@ -1,6 +1,10 @@
 package relay
 
-import "time"
+import (
+	"cmp"
+	"slices"
+	"time"
+)
 
 // route is the messages in the hand that go to one destination. Those that are
 // ready are taken in turn with other destinations', and each has its share of the
@@ -121,9 +125,10 @@ func (h *hand) apart(ms []*message) {
 }
 
 // try takes back what was in flight when answers ceased to come. One message of
-// each destination is published alone; the others wait until that has shown
-// whether the destination answers.
+// each destination is published alone, the first that had no answer; the others wait
+// until that has shown whether the destination answers.
 func (h *hand) try(ms []*message) {
+	slices.SortFunc(ms, func(a, b *message) int { return cmp.Compare(a.sentAt, b.sentAt) })
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, m := range ms {

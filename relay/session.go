@@ -62,14 +62,16 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 	stopping := errors.Is(cause, context.Canceled)
 	s.end()
 	r.hand.apart(s.orphans)
+	ordered := !s.stalled.Load() && (stopping || wasOrdered(cause))
+	others := r.isolation.died(s.orphans, ordered, r.counts.published.Load())
 	if s.stalled.Load() {
 		if s.alert.Load() {
 			r.stalledAt.Store(since())
 		}
-		r.counts.unknown.Add(int64(len(s.orphans)))
-		r.hand.try(s.orphans)
+		r.counts.unknown.Add(int64(len(others)))
+		r.hand.try(others)
 	} else {
-		r.unknownAll(r.isolation.died(s.orphans, stopping || wasOrdered(cause), r.counts.published.Load()))
+		r.unknownAll(others)
 	}
 	if stopping {
 		return nil

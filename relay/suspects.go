@@ -18,7 +18,8 @@ const (
 // suspects are destinations that would harm others: exchanges that the broker
 // said are missing or closed to us, each message to which closes a channel, and
 // queues that do not answer. Their messages are parked, and one at a time is tried
-// on a connection of its own.
+// on a connection of its own. So is a single message that had no answer so: others for
+// its destination may have one.
 type suspects struct {
 	count   atomic.Int64 // so that what is confirmed need not lock
 	mu      sync.Mutex
@@ -26,15 +27,23 @@ type suspects struct {
 	cleared []recalled // of which messages are parked, perhaps
 }
 
-// place is a destination, or a whole exchange.
+// place is a destination, a whole exchange, or a single message.
 type place struct {
 	destination
 	whole bool
+	only  int64 // the id of the message; 0: all
 }
 
-func placeOf(m *message) place { return place{m.destination, false} }
+func placeOf(m *message) place { return place{destination: m.destination} }
 
-func exchangeOf(m *message) place { return place{destination{exchange: m.exchange}, true} }
+func exchangeOf(m *message) place {
+	return place{destination: destination{exchange: m.exchange}, whole: true}
+}
+
+func itself(m *message) place { return place{destination: m.destination, only: m.id} }
+
+// placesOf returns the places that m may tell of, the widest first.
+func placesOf(m *message) [3]place { return [...]place{exchangeOf(m), placeOf(m), itself(m)} }
 
 // recalled is a place that was cleared.
 type recalled struct {
@@ -54,14 +63,19 @@ type suspect struct {
 // maxSuspects bounds the places that are remembered.
 const maxSuspects = 1000
 
-// maxProbe bounds the pause between two probes of one place.
-const maxProbe = 5 * time.Second
+const (
+	// maxProbe bounds the pause between two probes of one place.
+	maxProbe = 5 * time.Second
+	// othersFirst is by how much later than any other message one is tried again that
+	// has failed as the probe: the fault may be its own.
+	othersFirst = 2 * dueEvery
+)
 
 func newSuspects() *suspects { return &suspects{byPlace: make(map[place]*suspect)} }
 
 // of returns the suspect to which m goes, or nil. The caller holds mu.
 func (s *suspects) of(m *message) *suspect {
-	for _, p := range [...]place{exchangeOf(m), placeOf(m)} {
+	for _, p := range placesOf(m) {
 		if x := s.byPlace[p]; x != nil {
 			return x
 		}
@@ -88,36 +102,70 @@ func (s *suspects) admit(m *message) bool {
 	return false
 }
 
-// accuse makes p a suspect because of m, or counts the failure of its probe. It returns
-// when m is to be tried again.
-func (s *suspects) accuse(p place, m *message, why string) (delay time.Duration) {
+// accuse makes a place a suspect because of what m met there, or counts the failure of
+// its probe. It returns when m is to be tried again, and whether the fault is its own,
+// since others for its destination are answered.
+func (s *suspects) accuse(m *message, why cause, text string) (delay time.Duration, own bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, other := range [...]place{exchangeOf(m), placeOf(m)} {
+	p := placeOf(m)
+	if why == missing {
+		p = exchangeOf(m)
+	} else if x := s.byPlace[itself(m)]; x != nil && x.probe == m {
+		p, own = itself(m), true
+	}
+	for _, other := range placesOf(m) {
 		if x := s.byPlace[other]; other != p && x != nil && x.probe == m { // that told nothing of it
 			x.probe, x.next = nil, time.Now().Add(min(backOff(x.failures), maxProbe))
 		}
 	}
+	x := s.add(p)
+	x.why = text
+	if x.probe != m && why != silent { // it was among others
+		return backOff(0), own
+	}
+	if x.probe == m {
+		x.failures++
+		x.probe, x.chosenAt = nil, time.Now()
+	}
+	delay = backOff(x.failures)
+	if !own {
+		delay = min(delay, maxProbe)
+	}
+	if x.probe == nil {
+		x.next = time.Now().Add(delay)
+	}
+	if why == silent {
+		s.add(itself(m)).why = text
+	}
+	return delay + othersFirst, own
+}
+
+// add returns what is known of a place that is suspect from now on. The caller holds mu.
+func (s *suspects) add(p place) *suspect {
 	x := s.byPlace[p]
 	if x == nil {
-		for old := range s.byPlace { // any: it will be found out again
-			if len(s.byPlace) < maxSuspects {
-				break
-			}
-			delete(s.byPlace, old)
-		}
+		s.makeRoom()
 		x = &suspect{}
 		s.byPlace[p] = x
 		s.count.Store(int64(len(s.byPlace)))
 	}
-	x.why = why
-	if x.probe != m {
-		return backOff(0)
+	return x
+}
+
+// makeRoom forgets a place if there are too many, a single message if there is one: it
+// will be found out again.
+func (s *suspects) makeRoom() {
+	if len(s.byPlace) < maxSuspects {
+		return
 	}
-	x.failures++
-	delay = min(backOff(x.failures), maxProbe)
-	x.probe, x.chosenAt, x.next = nil, time.Now(), time.Now().Add(delay)
-	return delay // as the next probe
+	var any place
+	for any = range s.byPlace {
+		if any.only != 0 {
+			break
+		}
+	}
+	delete(s.byPlace, any)
 }
 
 // wait returns when m, which was not tried, is to be read again, and why the place to
@@ -144,7 +192,7 @@ func (s *suspects) forget(m *message) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range [...]place{exchangeOf(m), placeOf(m)} {
+	for _, p := range placesOf(m) {
 		if x := s.byPlace[p]; x != nil && x.probe == m {
 			x.probe = nil
 		}
@@ -159,10 +207,12 @@ func (s *suspects) clear(m *message) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range [...]place{exchangeOf(m), placeOf(m)} {
+	for _, p := range placesOf(m) {
 		if s.byPlace[p] != nil {
 			delete(s.byPlace, p)
-			s.cleared = append(s.cleared, recalled{p, time.Now()})
+			if p.only == 0 {
+				s.cleared = append(s.cleared, recalled{p, time.Now()})
+			}
 		}
 	}
 	s.count.Store(int64(len(s.byPlace)))

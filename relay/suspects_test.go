@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"fmt"
 	"testing"
 	"time"
 )
@@ -11,7 +12,7 @@ func TestMessagesOfASuspectAreReadAgainAtABoundedRate(t *testing.T) {
 	t.Parallel()
 	s := newSuspects()
 	m := newMessage(1, "", "q")
-	s.accuse(placeOf(m), m, "silent")
+	s.accuse(m, silent, "silent")
 	soon := 0
 	for range 10_000 {
 		delay, why := s.wait(m)
@@ -38,14 +39,78 @@ func TestProbeThatAccusesAnotherPlaceEnds(t *testing.T) {
 	s := newSuspects()
 	probe, next := newMessage(1, "", "q"), newMessage(2, "", "q")
 	probe.parked, next.parked = true, true
-	s.accuse(exchangeOf(probe), newMessage(3, "", "q"), "missing")
+	s.accuse(newMessage(3, "", "q"), missing, "missing")
 	s.admit(probe)
 	if !probe.alone {
 		t.Fatal("no probe was chosen")
 	}
-	s.accuse(placeOf(probe), probe, "silent")
+	s.accuse(probe, silent, "silent")
 	s.byPlace[exchangeOf(probe)].next = time.Time{}
 	if s.admit(next); !next.alone {
 		t.Error("the exchange has no other probe")
+	}
+}
+
+// A message that failed as the probe of its destination is tried apart when others have
+// had their answer; the destination is suspect no more.
+func TestProbeThatFailsAloneIsSuspectItself(t *testing.T) {
+	t.Parallel()
+	s := newSuspects()
+	stuck, other := newMessage(1, "", "q"), newMessage(2, "", "q")
+	stuck.onTrial, stuck.parked, other.parked = true, true, true
+	if _, own := s.accuse(stuck, silent, "silent"); own {
+		t.Error("the destination is not suspect")
+	}
+	s.byPlace[placeOf(stuck)].next = time.Time{}
+	if s.admit(other) || !other.alone {
+		t.Fatal("the other is not the probe")
+	}
+	s.clear(other)
+	if !s.admit(newMessage(3, "", "q")) {
+		t.Error("the destination is suspect still")
+	}
+	for range 3 {
+		stuck.onTrial, stuck.alone = false, false
+		if s.admit(stuck) || !stuck.alone {
+			t.Fatal("it is not tried alone")
+		}
+		if _, own := s.accuse(stuck, silent, "silent"); !own || !s.admit(newMessage(3, "", "q")) {
+			t.Error("the destination is suspect again")
+		}
+		s.byPlace[itself(stuck)].next = time.Time{}
+	}
+	s.clear(stuck)
+	if !s.admit(stuck) || s.count.Load() != 0 {
+		t.Errorf("suspect still: %v", s.byPlace)
+	}
+}
+
+// What is remembered has a bound; single messages are forgotten first.
+func TestSuspectsHaveABound(t *testing.T) {
+	t.Parallel()
+	s := newSuspects()
+	for id := range int64(3 * maxSuspects) {
+		s.accuse(newMessage(id+1, "", "q"), silent, "silent")
+	}
+	if s.byPlace[placeOf(newMessage(1, "", "q"))] == nil || len(s.byPlace) != maxSuspects || s.count.Load() != maxSuspects {
+		t.Errorf("%d places", len(s.byPlace))
+	}
+}
+
+func TestSlowDestinationsAreForgottenAfterAWhile(t *testing.T) {
+	t.Parallel()
+	s := slow{byDestination: make(map[destination]slowness)}
+	for i := range maxSlow + 1 {
+		s.answered(destination{fmt.Sprint(i), ""}, 2*time.Second)
+	}
+	d := destination{fmt.Sprint(maxSlow), ""}
+	s.answered(d, time.Second) // too soon to count
+	s.answered(d, 1600*time.Millisecond)
+	if got := s.patience(d); got != 4*time.Second || len(s.byDestination) != maxSlow || s.count.Load() != maxSlow {
+		t.Errorf("patience %s; %d are known", got, len(s.byDestination))
+	}
+	s.byDestination[d] = slowness{2 * time.Second, since() - int64(slowFor) - 1}
+	if got := s.patience(d); got != 0 || s.count.Load() != maxSlow-1 {
+		t.Errorf("patience %s after a while", got)
 	}
 }

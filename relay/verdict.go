@@ -46,6 +46,7 @@ func (r *Relay) confirmed(ms []*message) {
 // missing spends an attempt only when it was published alone, as the probe. What was not tried spends none, nor does
 // what goes to a destination that does not answer.
 func (r *Relay) refuse(m *message, why cause, text string) {
+	ownFault := false
 	v := verdict{message: m, reason: "retry", spend: 1, lastError: clip(text)}
 	switch why {
 	case impossible:
@@ -55,11 +56,9 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 		if !m.alone || why == silent {
 			v.spend = 0
 		}
-		p := placeOf(m)
-		if why == missing {
-			p = exchangeOf(m)
+		if v.delay, ownFault = r.suspects.accuse(m, why, v.lastError); ownFault {
+			v.lastError = "it has no answer, though others for its destination have one"
 		}
-		v.delay = r.suspects.accuse(p, m, v.lastError)
 	case suspected:
 		v.spend = 0
 		v.delay, v.lastError = r.suspects.wait(m)
@@ -70,7 +69,9 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 		v.delay = backOff(m.attempts)
 	}
 	m.alone = false
-	r.refusals.refused(m, v.reason, v.lastError)
+	if !ownFault {
+		r.refusals.refused(m, v.reason, v.lastError)
+	}
 	r.counts.refused.Add(1)
 	r.hand.refuse(v)
 }

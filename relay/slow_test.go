@@ -1,0 +1,133 @@
+package relay_test
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/txbox/txbox/internal/servers/serverstest"
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+	"github.com/txbox/txbox/relay"
+)
+
+// One queue answers after some seconds, others at once. Once that is known its messages
+// are waited for: they neither come again and again nor hold up the others'.
+func TestQueueThatAnswersSlowlyIsWaitedFor(t *testing.T) {
+	t.Parallel()
+	broker := serverstest.RabbitMQ(t)
+	b := setupAt(t, testenv.DatabaseURL(t), broker.URL())
+	slow := testenv.Name(t)
+	b.declare(slow)
+	_, err := broker.Ctl(testenv.Context(t), "eval", fmt.Sprintf(`
+		Queue = '%%2F_%s',
+		spawn(fun Loop() -> sys:suspend(Queue), timer:sleep(3000), sys:resume(Queue), timer:sleep(100), Loop() end).`, slow))
+	b.must(err)
+	var log lockedBuffer
+	r, _ := b.start(b.logTo(&log))
+	var good, late []outbox.Message
+	for range 200 { // 40 s
+		some := b.messages(6, noKey)
+		some[0].Exchange = slow
+		good, late = append(good, some[1:]...), append(late, some[0])
+		b.write(some...)
+		b.must(pauseFor(t, 200*time.Millisecond))
+	}
+	b.checkAll(b.drain(b.queue, len(good)), good, 4*inFlight)
+	got := b.drain(slow, len(late))
+	b.checkAll(got, late, len(late)) // most of them once
+	b.eventuallyCount("outbox", 0)
+	b.eventuallyCount("outbox_parked", 0)
+	t.Logf("%d repeated; of the slow queue %d", r.Stats().Unknown, len(got)-len(late))
+	if n := log.lines("broker fails"); n > 4 {
+		t.Errorf("%d connections were given up", n)
+	}
+}
+
+// Something on the way lets certain bytes never through, and says nothing. That holds up
+// the others of its destination for a while, once; later it is tried apart from them.
+func TestMessageThatNeverGetsAnAnswerIsTriedApart(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.amqpURL = newHole(t, b.amqpURL, "p0is0n")
+	var log lockedBuffer
+	r, _ := b.start(b.logTo(&log), func(_ *relay.Config, pub *relay.RabbitMQConfig) { pub.ConfirmTimeout = 5 * time.Second })
+	msgs := b.messages(200, noKey)
+	msgs[100].Payload = []byte("p0is0n")
+	b.write(msgs...)
+	msgs = slices.Delete(msgs, 100, 101)
+	testenv.Eventually(t, 40*time.Second, "the others get through", func() bool { return r.Stats().Published >= int64(len(msgs)) })
+	given, held := log.lines("broker fails"), 0
+	for range 30 {
+		some := b.messages(10, noKey)
+		b.write(some...)
+		msgs = append(msgs, some...)
+		b.must(pauseFor(t, time.Second))
+		if r.Stats().Published < int64(len(msgs)) {
+			held++
+			testenv.Eventually(t, 20*time.Second, "they get through", func() bool { return r.Stats().Published >= int64(len(msgs)) })
+		}
+	}
+	b.checkAll(b.drain(b.queue, len(msgs)), msgs, 4*inFlight)
+	if n := log.lines("are accepted again"); n != 1 {
+		t.Errorf("%d times the log says that messages are accepted again", n)
+	}
+	if n := log.lines("broker fails"); given > 4 || n > given || held > 1 {
+		t.Errorf("%d connections were given up, and %d more; others were held up %d times", given, n-given, held)
+	}
+	b.eventuallyCount("outbox", 0)
+	b.eventuallyCount("outbox_parked", 1)
+}
+
+// newHole returns the URL of a way to a broker on which certain bytes, and whatever
+// follows them on their connection, never come through.
+func newHole(t *testing.T, amqpURL, poison string) string {
+	t.Helper()
+	u, err := url.Parse(amqpURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conns sync.WaitGroup
+	forward := func(client net.Conn) {
+		defer client.Close()
+		broker, err := net.Dial("tcp", u.Host)
+		if err != nil {
+			return
+		}
+		defer broker.Close()
+		conns.Go(func() { io.Copy(client, broker); client.Close() })
+		buffer := make([]byte, 64<<10)
+		for {
+			n, err := client.Read(buffer)
+			if bytes.Contains(buffer[:n], []byte(poison)) {
+				io.Copy(io.Discard, client)
+				return
+			}
+			if _, failed := broker.Write(buffer[:n]); err != nil || failed != nil {
+				return
+			}
+		}
+	}
+	conns.Go(func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			conns.Go(func() { forward(client) })
+		}
+	})
+	t.Cleanup(func() { listener.Close(); conns.Wait() })
+	return strings.Replace(amqpURL, u.Host, listener.Addr().String(), 1)
+}
