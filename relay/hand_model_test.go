@@ -8,24 +8,29 @@ import (
 	"pgregory.net/rapid"
 )
 
-// tables is what the tables hold, and a hand that reads and settles them.
+// tables is what the tables hold, and a hand that reads and settles them while their
+// lane is its relay's.
 type tables struct {
 	*rapid.T
-	hand     *hand
-	last     int64
-	keys     map[int64]string
-	outbox   []int64
-	parked   map[int64]string // the reason
-	page     []*message       // read, and not admitted yet
-	inFlight []*message
-	locked   []*message
-	accepted []int64 // by the broker, in order
+	hand          *hand
+	epoch         int64 // of the lane
+	owned         bool
+	last          int64
+	keys          map[int64]string
+	outbox        []int64
+	parked        map[int64]string // the reason
+	page          []*message       // read, and not admitted yet
+	inFlight      []*message
+	locked        []*message
+	lockedRefused []verdict
+	accepted      []int64        // by the broker, in order
+	mayRepeat     map[int64]bool // accepted, and their rows were there when the lane was lost
 }
 
 // row returns a message as it is read.
 func (s *tables) row(id int64, parked, behind bool) *message {
 	m := newMessage(id, s.keys[id], fmt.Sprint("q", id%3))
-	m.payload, m.parked, m.behind = []byte{0}, parked, behind
+	m.payload, m.parked, m.behind, m.epoch = []byte{0}, parked, behind, s.epoch
 	return m
 }
 
@@ -47,7 +52,7 @@ func (s *tables) write(*rapid.T) {
 
 // read takes a page; other things happen before it is admitted.
 func (s *tables) read(*rapid.T) {
-	if s.page != nil {
+	if s.page != nil || !s.owned {
 		return
 	}
 	for _, id := range s.outbox {
@@ -63,7 +68,7 @@ func (s *tables) admit(*rapid.T) {
 
 // readParked reads heads that wait for a time, and then those of keys that have changed.
 func (s *tables) readParked(*rapid.T) {
-	if s.page != nil {
+	if s.page != nil || !s.owned {
 		return
 	}
 	for id, reason := range s.parked {
@@ -72,7 +77,11 @@ func (s *tables) readParked(*rapid.T) {
 			s.hand.admit([]*message{s.row(id, true, true)})
 		}
 	}
-	for _, k := range s.hand.changedKeys(nil) {
+	var walked []blockedKey
+	if rapid.Bool().Draw(s.T, "what is parked is looked at") {
+		walked = []blockedKey{{0, "a"}, {0, "b"}}
+	}
+	for _, k := range s.hand.changedKeys(walked) {
 		s.hand.readEnded()
 		var due []*message
 		for _, id := range s.parkedOf(k.key) {
@@ -92,6 +101,10 @@ func (s *tables) readParked(*rapid.T) {
 
 func (s *tables) take(*rapid.T) {
 	for _, m := range s.hand.take(rapid.IntRange(1, 5).Draw(s.T, "limit")) {
+		if !s.ours(m) {
+			s.hand.drop(m)
+			continue
+		}
 		if m.key != "" && slices.ContainsFunc(s.inFlight, func(o *message) bool { return o.key == m.key }) {
 			s.Fatalf("two of key %s in flight", m.key)
 		}
@@ -117,16 +130,93 @@ func (s *tables) confirm(*rapid.T) {
 }
 
 func (s *tables) accept(m *message) {
-	if slices.Contains(s.accepted, m.id) {
-		s.Fatalf("message %d is published again", m.id)
+	s.accepts(m.id)
+	s.hand.confirm([]*message{m})
+}
+
+// accepts records that the broker has a message.
+func (s *tables) accepts(id int64) {
+	if slices.Contains(s.accepted, id) {
+		if !s.mayRepeat[id] {
+			s.Fatalf("message %d is published again", id)
+		}
+		return
 	}
-	for _, id := range s.accepted {
-		if m.key != "" && s.keys[id] == m.key && id > m.id {
-			s.Fatalf("message %d of key %s after %d", m.id, m.key, id)
+	for _, before := range s.accepted {
+		if key := s.keys[id]; key != "" && s.keys[before] == key && before > id {
+			s.Fatalf("message %d of key %s after %d", id, key, before)
 		}
 	}
-	s.accepted = append(s.accepted, m.id)
-	s.hand.confirm([]*message{m})
+	s.accepted = append(s.accepted, id)
+}
+
+// ours says that the lane is still the one in which m was read.
+func (s *tables) ours(m *message) bool { return s.owned && m.epoch == s.epoch }
+
+// lose gives the lane to another, once all in flight is answered. The other publishes
+// some of what there is, and parks some.
+func (s *tables) lose(t *rapid.T) {
+	if !s.owned {
+		return
+	}
+	for len(s.inFlight) > 0 {
+		if rapid.Bool().Draw(s.T, "answered") {
+			s.confirm(t)
+		} else {
+			s.unknown(t)
+		}
+	}
+	s.owned = false
+	s.epoch++
+	for _, id := range s.accepted {
+		s.mayRepeat[id] = true
+	}
+	for _, key := range []string{"", "a", "b"} {
+		for rapid.Bool().Draw(s.T, "the other does something") && s.otherDoes(key) {
+		}
+	}
+}
+
+// otherDoes lets the other owner of the lane publish or park the first of a key.
+func (s *tables) otherDoes(key string) bool {
+	all := s.parkedOf(key)
+	if len(all) == 0 {
+		for _, id := range s.outbox {
+			if s.keys[id] == key {
+				all = append(all, id)
+			}
+		}
+	}
+	if len(all) == 0 {
+		return false
+	}
+	id := all[0]
+	if rapid.IntRange(0, 3).Draw(s.T, "refused") == 0 {
+		s.park(id, "retry")
+		return false
+	}
+	s.accepts(id)
+	s.mayRepeat[id] = true
+	if rapid.Bool().Draw(s.T, "deleted") {
+		s.remove(id)
+		return true
+	}
+	return false
+}
+
+// regain gives the lane back: all of it is read anew, once nothing of it is in the hand.
+func (s *tables) regain(*rapid.T) {
+	if s.owned || s.page != nil {
+		return
+	}
+	s.hand.readEnded()
+	if !s.hand.empty(0) {
+		return
+	}
+	s.hand.startOver(func(int16) bool { return true })
+	s.hand.readEnded()
+	s.epoch++
+	s.owned = true
 }
 
 func (s *tables) refuse(*rapid.T) {
@@ -141,9 +231,18 @@ func (s *tables) unknown(*rapid.T) {
 	}
 }
 
+func (s *tables) remove(id int64) {
+	s.outbox = slices.DeleteFunc(s.outbox, func(o int64) bool { return o == id })
+	delete(s.parked, id)
+}
+
+func (s *tables) park(id int64, reason string) {
+	s.remove(id)
+	s.parked[id] = reason
+}
+
 func (s *tables) delete(m *message) {
-	s.outbox = slices.DeleteFunc(s.outbox, func(id int64) bool { return id == m.id })
-	delete(s.parked, m.id)
+	s.remove(m.id)
 	s.hand.deleted(m)
 }
 
@@ -152,7 +251,31 @@ func (s *tables) unlock(*rapid.T) {
 	for _, m := range s.locked {
 		s.delete(m)
 	}
-	s.locked = nil
+	for _, v := range s.lockedRefused {
+		if s.ours(v.message) {
+			s.record(v)
+		} else {
+			s.hand.giveUp(v)
+		}
+	}
+	s.locked, s.lockedRefused = nil, nil
+}
+
+// record parks a refused message, if the lane is still ours.
+func (s *tables) record(v verdict) {
+	if s.ours(v.message) {
+		for _, id := range s.outbox {
+			if v.reason == "blocked" && id < v.id && s.keys[id] == v.key && !slices.Contains(s.accepted, id) {
+				s.Fatalf("message %d is parked before %d of its key", v.id, id)
+			}
+		}
+		s.park(v.id, v.reason)
+	}
+	s.hand.recorded(v)
+}
+
+func (s *tables) keyIsLocked(key string) bool {
+	return key != "" && slices.ContainsFunc(s.lockedRefused, func(v verdict) bool { return v.key == key })
 }
 
 func (s *tables) settle(*rapid.T) {
@@ -165,31 +288,35 @@ func (s *tables) settle(*rapid.T) {
 			s.delete(m)
 		}
 	}
-	for _, v := range refused {
-		for _, id := range s.outbox {
-			if v.reason == "blocked" && id < v.id && s.keys[id] == v.key && !slices.Contains(s.accepted, id) {
-				s.Fatalf("message %d is parked before %d of its key", v.id, id)
-			}
+	for _, vs := range byKey(refused) {
+		if s.keyIsLocked(vs[0].key) || rapid.IntRange(0, 3).Draw(s.T, "one of their rows is locked") == 0 {
+			s.lockedRefused = append(s.lockedRefused, vs...)
+			continue
 		}
-		s.outbox = slices.DeleteFunc(s.outbox, func(id int64) bool { return id == v.id })
-		s.parked[v.id] = v.reason
-		s.hand.recorded(v)
+		for _, v := range vs {
+			s.record(v)
+		}
 	}
 }
 
 // Whatever happens in whatever order, the messages of a key go out one after another, in
-// order, each is accepted once, and in the end nothing is left, in the tables or in the
-// hand.
+// order, each is accepted once, but for those the rows of which another owner of the lane
+// may find, and in the end nothing is left, in the tables or in the hand.
 func TestHandKeepsOrderAndForgetsNothing(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
-		s := &tables{T: t, hand: newHand(), keys: make(map[int64]string), parked: make(map[int64]string)}
+		s := &tables{
+			T: t, hand: newHand(), epoch: 1, owned: true,
+			keys: make(map[int64]string), parked: make(map[int64]string), mayRepeat: make(map[int64]bool),
+		}
 		t.Repeat(map[string]func(*rapid.T){
 			"write": s.write, "read": s.read, "admit": s.admit, "read parked": s.readParked,
 			"take": s.take, "confirm": s.confirm, "refuse": s.refuse, "unknown": s.unknown, "settle": s.settle, "unlock": s.unlock,
+			"lose": s.lose, "regain": s.regain,
 		})
 		for range 4*int(s.last) + 4 {
 			s.admit(t)
+			s.regain(t)
 			s.readParked(t)
 			s.read(t)
 			s.admit(t)

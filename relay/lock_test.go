@@ -14,11 +14,12 @@ import (
 // manyKeys is enough keys for some in most lanes.
 const manyKeys = 200
 
-// lockFirst locks the row of the first message.
-func (b *bundle) lockFirst() pgx.Tx {
+// lock locks the row of the message that has so many before it.
+func (b *bundle) lock(before int) pgx.Tx {
 	b.Helper()
 	tx := b.begin()
-	_, err := tx.Exec(testenv.Context(b.T), "SELECT FROM "+b.db.Table("outbox")+" ORDER BY id LIMIT 1 FOR UPDATE")
+	outbox := b.db.Table("outbox")
+	_, err := tx.Exec(testenv.Context(b.T), "SELECT FROM "+outbox+" WHERE id = (SELECT id FROM "+outbox+" ORDER BY id OFFSET $1 LIMIT 1) FOR UPDATE", before)
 	b.must(err)
 	return tx
 }
@@ -82,7 +83,7 @@ func TestLockedRowIsSettledWhileTrafficGoesOn(t *testing.T) {
 	b := setup(t)
 	msgs := b.messages(1, noKey)
 	b.write(msgs...)
-	lock := b.lockFirst()
+	lock := b.lock(0)
 	r, _ := b.start()
 	ctx, stop := context.WithCancel(testenv.Context(t))
 	traffic := make(chan struct{})
@@ -108,7 +109,7 @@ func TestLockedRowsAreTold(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.write(b.messages(1, noKey)...)
-	lock := b.lockFirst()
+	lock := b.lock(0)
 	log := &lockedBuffer{}
 	r, _ := b.start(b.logTo(log))
 	testenv.Eventually(t, 40*time.Second, "told", func() bool { return log.lines("1 rows are locked by other sessions") == 1 })
@@ -166,7 +167,7 @@ func TestRefusedMessageThatIsLockedStaysBeforeItsFollowers(t *testing.T) {
 	queue, declare := b.absent()
 	msgs := to(queue, b.messages(4, func(int) string { return "k" }))
 	b.write(msgs[:2]...)
-	lock := b.lockFirst()
+	lock := b.lock(0)
 	_, stopFirst := b.start(brisk)
 	b.must(pauseFor(t, 2*time.Second))
 	if n := b.count("outbox_parked"); n != 0 {
@@ -184,4 +185,28 @@ func TestRefusedMessageThatIsLockedStaysBeforeItsFollowers(t *testing.T) {
 	b.checkAll(got, msgs, 1)
 	b.checkOrder(got, msgs)
 	stopSecond()
+}
+
+// The row of a message that is to be parked behind another is locked. What follows it is
+// not parked before it: it would be sent first if the relay died then.
+func TestFollowerThatIsLockedStaysBeforeItsFollowers(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	queue, declare := b.absent()
+	msgs := to(queue, b.messages(4, func(int) string { return "k" }))
+	b.write(msgs[:3]...)
+	lock := b.lock(1)
+	b.start()
+	b.eventuallyCount("outbox_parked", 1)
+	b.write(msgs[3])
+	b.must(pauseFor(t, 2*time.Second))
+	if n := b.count("outbox_parked"); n != 1 {
+		t.Errorf("%d parked, while the second of them cannot be", n)
+	}
+	b.must(lock.Rollback(testenv.Context(t)))
+	b.eventuallyCount("outbox_parked", len(msgs))
+	declare()
+	got := b.drain(queue, len(msgs))
+	b.checkAll(got, msgs, 0)
+	b.checkOrder(got, msgs)
 }

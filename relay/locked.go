@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -122,4 +123,24 @@ func byHalves[T any](rows []T, write func(rows []T, wait string) error) (locked 
 func isLocked(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && pgErr != nil && pgErr.Code == "55P03"
+}
+
+// byKey puts the verdicts of each key together, in their order. If one of them cannot be
+// written none is: a message must not be parked before another that it follows.
+func byKey(all []verdict) (keys [][]verdict) {
+	known := make(map[string]int)
+	for _, v := range all {
+		i, ok := known[v.key]
+		if !ok || v.key == "" {
+			i = len(keys)
+			keys, known[v.key] = append(keys, nil), i
+		}
+		keys[i] = append(keys[i], v)
+	}
+	return keys
+}
+
+// holds says that a verdict for a message of a key is among what is locked.
+func (l *locked) holds(key string) bool {
+	return key != "" && slices.ContainsFunc(l.refused, func(v verdict) bool { return v.key == key })
 }

@@ -38,3 +38,38 @@ func TestProbingGoesOnAfterLanesWereLost(t *testing.T) {
 		return r.Stats().Refused == 1
 	})
 }
+
+// What may have closed a channel, and what is on trial, waits for no probe of a silent
+// queue; some of those who probe take nothing else.
+func TestTrialsGoBeforeProbes(t *testing.T) {
+	t.Parallel()
+	h := newHand()
+	var all []*message
+	for id := range int64(4) {
+		all = append(all, newMessage(id+1, "", "q"))
+	}
+	h.admit(all)
+	h.take(len(all))
+	all[0].patience, all[1].patience, all[3].patience = time.Second, time.Second, time.Second
+	all[3].onTrial = true
+	for _, m := range all {
+		m.alone = true
+		h.retry(m)
+	}
+	for i, want := range []struct {
+		trialsOnly bool
+		id         int64
+	}{{true, 3}, {false, 4}, {true, 0}, {false, 1}, {false, 2}, {false, 0}} {
+		wasNotified := len(h.probes.some) == 1
+		got := int64(0)
+		for _, m := range h.takeAlone(want.trialsOnly) {
+			got = m.id
+		}
+		if got != want.id {
+			t.Fatalf("%d: took %d, not %d", i, got, want.id)
+		}
+		if i < 4 && !wasNotified {
+			t.Errorf("%d: nobody is told of the probes", i)
+		}
+	}
+}

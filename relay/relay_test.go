@@ -2,6 +2,7 @@ package relay_test
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"log"
 	"log/slog"
@@ -23,6 +24,9 @@ import (
 func TestMain(m *testing.M) {
 	if os.Getenv("RELAY_TEST_CHILD") != "" {
 		os.Exit(runChild())
+	}
+	if err := flag.Set("rapid.checks", "10000"); err != nil { // unless the command line says how many
+		log.Fatal(err)
 	}
 	goleak.VerifyTestMain(m)
 }

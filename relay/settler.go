@@ -174,21 +174,25 @@ func identities(ms []*message) (ids []int64, messageIDs [][16]byte) {
 // park records refusals, of messages whose lane is still ours under the epoch at
 // which they were read.
 func (s *settler) park(ctx context.Context, refused []verdict) error {
-	var fresh, parked []verdict
+	var fresh, parked, locked []verdict
 	for _, v := range refused {
-		if v.parked {
+		switch {
+		case v.parked:
 			parked = append(parked, v)
-		} else {
+		case s.locked.holds(v.key):
+			locked = append(locked, v)
+		default:
 			fresh = append(fresh, v)
 		}
 	}
-	locked, err := byHalves(fresh, func(fresh []verdict, wait string) error {
-		_, err := s.exec(ctx, s.sql.park, append(s.arrays(fresh), wait)...)
+	lockedKeys, err := byHalves(byKey(fresh), func(keys [][]verdict, wait string) error {
+		_, err := s.exec(ctx, s.sql.park, append(s.arrays(slices.Concat(keys...)), wait)...)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("park refused messages: %w", err)
 	}
+	locked = append(locked, slices.Concat(lockedKeys...)...)
 	var died map[int64]bool
 	if len(parked) > 0 {
 		if died, err = s.parkAgain(ctx, parked); err != nil {
