@@ -28,8 +28,9 @@ type group struct {
 }
 
 // died returns those of the messages in flight at the end of a connection that may
-// go out among others again; the rest is to be published apart.
-func (i *isolation) died(inFlight []*message, ordered bool, published int64) (others []*message) {
+// go out among others again; the rest is to be published apart. Whatever else that was
+// to show, others show instead.
+func (r *Relay) died(inFlight []*message, ordered bool) (others []*message) {
 	if ordered {
 		return inFlight
 	}
@@ -42,7 +43,9 @@ func (i *isolation) died(inFlight []*message, ordered bool, published int64) (ot
 		}
 	}
 	if len(twice) > 0 {
-		i.add(group{messages: twice, through: published})
+		r.suspects.forget(twice...)
+		r.hand.endTrials(twice)
+		r.isolation.add(group{messages: twice, through: r.counts.published.Load()})
 	}
 	return others
 }
@@ -65,9 +68,30 @@ func (i *isolation) take() (g group, wait time.Duration) {
 			i.groups = slices.Delete(i.groups, at, at+1)
 			return g, 0
 		}
-		wait = min(wait, left)
+		wait = min(wait, left, lostEvery)
 	}
 	return group{}, wait
+}
+
+// lostEvery is how often it is seen that the lane of what waits is ours no more.
+const lostEvery = time.Second
+
+// remove takes messages out of their groups.
+func (i *isolation) remove(which func(*message) bool) (removed []*message) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	for at := range i.groups {
+		g := &i.groups[at]
+		g.messages = slices.DeleteFunc(g.messages, func(m *message) bool {
+			out := which(m)
+			if out {
+				removed = append(removed, m)
+			}
+			return out
+		})
+	}
+	i.groups = slices.DeleteFunc(i.groups, func(g group) bool { return len(g.messages) == 0 })
+	return removed
 }
 
 // clear returns all messages that were to be published apart.
@@ -98,6 +122,9 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 		case <-timer.C:
 		case <-ctx.Done():
 			return
+		}
+		for _, m := range r.isolation.remove(func(m *message) bool { return !r.leases.mayPublish(m, since()) }) {
+			r.hand.drop(m)
 		}
 		g, wait := r.isolation.take()
 		if len(g.messages) > 0 {

@@ -222,10 +222,10 @@ func TestHotKeyHoldsUpNoOtherAndStaysInOrder(t *testing.T) {
 }
 
 // poisonProxy forwards to a broker and ends each connection on which the poison
-// comes.
+// comes, or, so many times, forwards nothing more.
 type poisonProxy struct {
-	url   string
-	ended atomic.Int64
+	url           string
+	silent, ended atomic.Int64
 }
 
 func newPoisonProxy(t *testing.T, amqpURL, poison string) *poisonProxy {
@@ -252,6 +252,9 @@ func newPoisonProxy(t *testing.T, amqpURL, poison string) *poisonProxy {
 		for {
 			n, err := client.Read(buffer)
 			if bytes.Contains(buffer[:n], []byte(poison)) {
+				if p.silent.Add(-1) >= 0 {
+					io.Copy(io.Discard, client)
+				}
 				p.ended.Add(1)
 				return
 			}

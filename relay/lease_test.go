@@ -103,3 +103,29 @@ func TestLanesEndUpFairlyShared(t *testing.T) {
 		}
 	}
 }
+
+// A lane of which something is in the hand is given up for good when it has been drained
+// for as long as a lease: its other keys do not wait for ever.
+func TestLaneIsDrainedForALeaseAtMost(t *testing.T) {
+	t.Parallel()
+	s := newSharers(t, 2)
+	a, b := s.all[0], s.all[1]
+	s.must(a.once(s.ctx, true))
+	for lane := range lanes {
+		a.hand.unsettled[lane] = 1
+	}
+	s.must(b.once(s.ctx, true))
+	s.must(a.once(s.ctx, true))
+	s.must(b.once(s.ctx, true))
+	if n := inMemory(b); n != 0 || inMemory(a) != lanes/2 {
+		t.Fatalf("%d lanes were released while something of each was under way; %d are kept", n, inMemory(a))
+	}
+	for lane := range lanes {
+		a.draining[lane].until = 1
+	}
+	s.must(a.once(s.ctx, true))
+	s.must(b.once(s.ctx, true))
+	if n := inMemory(b); n != lanes/2 {
+		t.Errorf("%d lanes were released, not %d", n, lanes/2)
+	}
+}

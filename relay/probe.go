@@ -74,7 +74,7 @@ func (r *Relay) probe(ctx, hard context.Context, trialsOnly bool) {
 			if m == end.overdue {
 				r.refuse(m, silent, "its destination does not answer")
 			} else {
-				r.unknownAll(r.isolation.died([]*message{m}, end.ordered, r.counts.published.Load()))
+				r.unknownAll(r.died([]*message{m}, end.ordered))
 			}
 		}
 	}

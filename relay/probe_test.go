@@ -73,3 +73,25 @@ func TestTrialsGoBeforeProbes(t *testing.T) {
 		}
 	}
 }
+
+// What is published apart and waits for its next try does not keep its lane from being
+// read again when that was lost.
+func TestIsolatedMessageOfALostLaneIsDropped(t *testing.T) {
+	t.Parallel()
+	db := testenv.Schema(t)
+	r := newRelay(t, db.Pool, db.Schema)
+	ctx, cancel := context.WithCancel(testenv.Context(t))
+	m := newMessage(1, "", testenv.Name(t))
+	m.epoch = 1
+	r.hand.admit([]*message{m})
+	r.hand.apart(r.hand.take(1))
+	r.isolation.add(group{messages: []*message{m}, after: time.Now().Add(time.Hour)})
+	var isolating sync.WaitGroup
+	isolating.Go(func() { r.isolate(ctx, ctx) })
+	defer isolating.Wait()
+	defer cancel()
+	testenv.Eventually(t, 10*time.Second, "it is dropped", func() bool { return r.hand.empty(int(m.lane)) })
+	if all := r.isolation.clear(); len(all) != 0 {
+		t.Errorf("%d messages are left", len(all))
+	}
+}

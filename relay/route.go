@@ -91,6 +91,15 @@ func (h *hand) endTrial(m *message) {
 	}
 }
 
+// endTrials lets destinations go on, though nothing has shown whether they answer.
+func (h *hand) endTrials(ms []*message) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, m := range ms {
+		h.endTrial(m)
+	}
+}
+
 // freePlace gives the place of m in the window to another.
 func (h *hand) freePlace(m *message) {
 	r := m.route

@@ -63,7 +63,7 @@ func (r *Relay) publish(ctx, hard context.Context, conn *rabbit.Conn) error {
 	s.end()
 	r.hand.apart(s.orphans)
 	ordered := !s.stalled.Load() && (stopping || wasOrdered(cause))
-	others := r.isolation.died(s.orphans, ordered, r.counts.published.Load())
+	others := r.died(s.orphans, ordered)
 	if s.stalled.Load() {
 		if s.alert.Load() {
 			r.stalledAt.Store(since())

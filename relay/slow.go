@@ -29,6 +29,8 @@ const (
 	maxSlow = 1000
 )
 
+func newSlow() *slow { return &slow{byDestination: make(map[destination]slowness)} }
+
 // patience is how long a destination may take, if it is slow: twice as long as it did.
 func (s *slow) patience(d destination) time.Duration {
 	if s.count.Load() == 0 {

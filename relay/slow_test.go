@@ -1,14 +1,8 @@
 package relay_test
 
 import (
-	"bytes"
 	"fmt"
-	"io"
-	"net"
-	"net/url"
 	"slices"
-	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -56,7 +50,9 @@ func TestQueueThatAnswersSlowlyIsWaitedFor(t *testing.T) {
 func TestMessageThatNeverGetsAnAnswerIsTriedApart(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	b.amqpURL = newHole(t, b.amqpURL, "p0is0n")
+	proxy := newPoisonProxy(t, b.amqpURL, "p0is0n")
+	proxy.silent.Store(1000)
+	b.amqpURL = proxy.url
 	var log lockedBuffer
 	r, _ := b.start(b.logTo(&log), func(_ *relay.Config, pub *relay.RabbitMQConfig) { pub.ConfirmTimeout = 5 * time.Second })
 	msgs := b.messages(200, noKey)
@@ -86,48 +82,22 @@ func TestMessageThatNeverGetsAnAnswerIsTriedApart(t *testing.T) {
 	b.eventuallyCount("outbox_parked", 1)
 }
 
-// newHole returns the URL of a way to a broker on which certain bytes, and whatever
-// follows them on their connection, never come through.
-func newHole(t *testing.T, amqpURL, poison string) string {
-	t.Helper()
-	u, err := url.Parse(amqpURL)
-	if err != nil {
-		t.Fatal(err)
+// The message that is to show whether its destination answers ends connections, and there
+// is no other destination. The others do not wait for it.
+func TestMessageOnTrialThatEndsConnectionsHoldsUpNobody(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	proxy := newPoisonProxy(t, b.amqpURL, "p0is0n")
+	proxy.silent.Store(1) // that is why it is put on trial
+	b.amqpURL = proxy.url
+	b.start(brisk)
+	msgs := b.messages(200, noKey)
+	msgs[0].Payload = []byte("p0is0n")
+	b.write(msgs...)
+	b.checkAll(b.drain(b.queue, len(msgs)-1), msgs[1:], 4*inFlight)
+	b.eventuallyCount("outbox", 0)
+	b.eventuallyCount("outbox_parked", 1)
+	if found := b.reasons(); found["dead"] != 1 {
+		t.Errorf("parked: %v", found)
 	}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var conns sync.WaitGroup
-	forward := func(client net.Conn) {
-		defer client.Close()
-		broker, err := net.Dial("tcp", u.Host)
-		if err != nil {
-			return
-		}
-		defer broker.Close()
-		conns.Go(func() { io.Copy(client, broker); client.Close() })
-		buffer := make([]byte, 64<<10)
-		for {
-			n, err := client.Read(buffer)
-			if bytes.Contains(buffer[:n], []byte(poison)) {
-				io.Copy(io.Discard, client)
-				return
-			}
-			if _, failed := broker.Write(buffer[:n]); err != nil || failed != nil {
-				return
-			}
-		}
-	}
-	conns.Go(func() {
-		for {
-			client, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			conns.Go(func() { forward(client) })
-		}
-	})
-	t.Cleanup(func() { listener.Close(); conns.Wait() })
-	return strings.Replace(amqpURL, u.Host, listener.Addr().String(), 1)
 }

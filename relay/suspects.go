@@ -185,16 +185,18 @@ func (s *suspects) wait(m *message) (delay time.Duration, why string) {
 	return rand.N(min(maxProbe+time.Duration(x.waits)*suspectStep, suspectDelay)), x.why
 }
 
-// forget ends the probe that m was, without a result.
-func (s *suspects) forget(m *message) {
+// forget ends the probes that messages were, without a result.
+func (s *suspects) forget(ms ...*message) {
 	if s.count.Load() == 0 {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, p := range placesOf(m) {
-		if x := s.byPlace[p]; x != nil && x.probe == m {
-			x.probe = nil
+	for _, m := range ms {
+		for _, p := range placesOf(m) {
+			if x := s.byPlace[p]; x != nil && x.probe == m {
+				x.probe = nil
+			}
 		}
 	}
 }

@@ -99,7 +99,7 @@ func TestSuspectsHaveABound(t *testing.T) {
 
 func TestSlowDestinationsAreForgottenAfterAWhile(t *testing.T) {
 	t.Parallel()
-	s := slow{byDestination: make(map[destination]slowness)}
+	s := newSlow()
 	for i := range maxSlow + 1 {
 		s.answered(destination{fmt.Sprint(i), ""}, 2*time.Second)
 	}
