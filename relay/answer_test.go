@@ -25,13 +25,13 @@ func TestPatienceWithTheBroker(t *testing.T) {
 		{"it probes what is slow", true, silentAfter, 4 * time.Second, time.Second, 8 * time.Second},
 		{"it probes for long", true, time.Hour, 0, time.Second, confirmTimeout},
 	} {
-		r := &Relay{pub: &rabbitMQ{cfg: RabbitMQConfig{ConfirmTimeout: confirmTimeout}}, slow: newSlow()}
+		r := &Relay{pub: &rabbitMQ{cfg: RabbitMQConfig{ConfirmTimeout: confirmTimeout}}, hand: newHand()}
 		m := newMessage(1, "", "q")
 		m.patience = c.patience
 		if c.stalled > 0 {
 			r.stalledAt.Store(since() - int64(c.stalled))
 		}
-		r.slow.answered(m.destination, c.slowly)
+		r.hand.slow.answered(m.destination, c.slowly)
 		ch := &channel{session: &session{relay: r}, prober: c.prober}
 		if got := ch.limit(flight{message: m}); got != c.want {
 			t.Errorf("%s: %s, not %s", c.name, got, c.want)

@@ -17,6 +17,7 @@ type channel struct {
 	*session
 	ch       *amqp.Channel
 	prober   bool // it publishes what is alone
+	isolated bool // it publishes what may have ended connections
 	window   int
 	pending  []flight      // in flight, in the order of sending
 	closed   chan struct{} // closed when the channel is, after closeErr was set
@@ -29,7 +30,7 @@ type channel struct {
 
 	answeredTag uint64        // the highest that has its answer
 	sweep       time.Duration // until answers are looked for behind the oldest
-	doubted     uint64        // the tag of the oldest, when others overtook it
+	doubted     uint64        // the tag of the oldest that others overtook
 	doubtedAt   int64
 }
 
@@ -159,7 +160,7 @@ func (c *channel) send(m *message) bool {
 		r.hand.drop(m)
 		return true
 	}
-	if !m.alone && !r.suspects.admit(m) {
+	if !m.alone && !c.isolated && !r.suspects.admit(m) {
 		if m.alone {
 			r.hand.retry(m) // as the probe
 		} else {

@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -45,6 +46,10 @@ func (r *Relay) died(inFlight []*message, ordered bool) (others []*message) {
 	if len(twice) > 0 {
 		r.suspects.forget(twice...)
 		r.hand.endTrials(twice)
+		// By destination, so that halves part them.
+		slices.SortStableFunc(twice, func(a, b *message) int {
+			return cmp.Or(cmp.Compare(a.exchange, b.exchange), cmp.Compare(a.routingKey, b.routingKey))
+		})
 		r.isolation.add(group{messages: twice, through: r.counts.published.Load()})
 	}
 	return others
@@ -53,7 +58,7 @@ func (r *Relay) died(inFlight []*message, ordered bool) (others []*message) {
 func (i *isolation) add(groups ...group) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.groups = append(i.groups, groups...)
+	i.groups = append(groups, i.groups...) // what has been halved most goes first
 	notify(i.some)
 }
 
@@ -66,6 +71,9 @@ func (i *isolation) take() (g group, wait time.Duration) {
 		left := time.Until(g.after)
 		if left <= 0 {
 			i.groups = slices.Delete(i.groups, at, at+1)
+			if len(i.groups) > 0 {
+				notify(i.some) // for another isolator
+			}
 			return g, 0
 		}
 		wait = min(wait, left, lostEvery)
@@ -112,6 +120,9 @@ func wasOrdered(cause error) bool {
 	return !errors.As(cause, &closed) || closed.Code == amqp.ConnectionForced
 }
 
+// isolators is how many groups are published at the same time.
+const isolators = 4
+
 // isolate publishes apart what may have ended connections, until ctx ends.
 func (r *Relay) isolate(ctx, hard context.Context) {
 	timer := time.NewTimer(0)
@@ -136,8 +147,7 @@ func (r *Relay) isolate(ctx, hard context.Context) {
 
 // isolateOne publishes a group; if one of it ends the connection each half of it is
 // next. One message that does so time and again is dead, once others have got
-// through meanwhile: until then it may be the broker. One that has no answer stands
-// trial.
+// through meanwhile: until then it may be the broker. One that has no answer is suspect.
 func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	unsent, tried := g.messages, since()
 	end, err := r.publishApart(ctx, hard, len(unsent), false, source{
@@ -160,8 +170,7 @@ func (r *Relay) isolateOne(ctx, hard context.Context, g group) {
 	switch {
 	case n == 0:
 	case end.stalled && n == 1:
-		r.counts.unknown.Add(1)
-		r.hand.try(end.inFlight)
+		r.refuse(end.inFlight[0], unanswered, "it has no answer")
 	case end.ordered && !end.stalled:
 		r.isolation.add(g.again(end.inFlight, time.Second))
 	case n > 1:

@@ -82,7 +82,7 @@ func TestParkedRowsThatASnapshotKeepsCostLittle(t *testing.T) {
 		sql           string
 		seldom, often []any
 	}{
-		{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil},
+		{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil, nil},
 			[]any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, dueLately.Seconds()}},
 		{"look", p.sql.drawn, []any{true}, []any{false}},
 		{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, false},
@@ -107,7 +107,7 @@ func TestMillionScheduledMessagesCostNothing(t *testing.T) {
 			sql  string
 			args []any
 		}{
-			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil}},
+			{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil, nil}},
 			{"look", p.sql.drawn, []any{true}},
 			{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, false}},
 		} {
@@ -191,7 +191,7 @@ func (p *planner) checkAll(when string) {
 		{"gaps", 600, p.sql.pages, []any{pageBytes, pageRows, everything, int64(planRows - 9), noKeys, pageRows, false, lows, highs}},
 		{"scan", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, noKeys, pageRows, false, []int64{1}, []int64{planRows}}},
 		{"what was passed over", pageRows, p.sql.pages, []any{pageBytes, pageRows, everything, last, []string{"77"}, lineRows, true, []int64{planRows / 2}, []int64{planRows}}},
-		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}, 0.0, nil, nil, nil}},
+		{"due", 100, p.sql.due, []any{pageBytes, duePerLane, everything, []int64{}, 0.0, nil, nil, nil, nil}},
 		{"blocked keys", 101, p.sql.blocked, []any{all, "", 15}},
 		{"heads", 101, p.sql.heads, []any{pageBytes, 1, everything, blockedLanes, blockedKeys}},
 		{"delete", settleRows, p.sql.delete, []any{ids, messageIDs, lockWait}},

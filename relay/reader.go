@@ -192,7 +192,7 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err erro
 		if p.whole {
 			routingKey = nil
 		}
-		n, err := r.readParked(ctx, ours, suspectDelay, &p.exchange, routingKey, nil)
+		n, err := r.readParked(ctx, ours, suspectDelay, &p.exchange, routingKey, p.why, nil)
 		if err != nil {
 			return more, err
 		}
@@ -215,7 +215,7 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err erro
 		seconds := dueLately.Seconds()
 		lately = &seconds
 	}
-	n, err := r.readParked(ctx, ours, 0, nil, nil, lately)
+	n, err := r.readParked(ctx, ours, 0, nil, nil, nil, lately)
 	if err == nil && n == 0 {
 		r.dueAt = now
 		if lately == nil {
@@ -226,9 +226,9 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err erro
 }
 
 // readParked reads parked messages whose time comes within a while, or came lately.
-func (r *reader) readParked(ctx context.Context, ours []int16, within time.Duration, exchange, routingKey *string, lately *float64) (added int, err error) {
+func (r *reader) readParked(ctx context.Context, ours []int16, within time.Duration, exchange, routingKey *string, why []string, lately *float64) (added int, err error) {
 	p, err := r.durably(ctx, func(ctx context.Context, db querier) (page, error) {
-		return r.read(ctx, db, r.sql.due, duePerLane, ours, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately)
+		return r.read(ctx, db, r.sql.due, duePerLane, ours, r.hand.parkedIDs(), within.Seconds(), exchange, routingKey, lately, why)
 	})
 	if err != nil {
 		return 0, err

@@ -28,7 +28,6 @@ type Relay struct {
 	reader    *reader
 	settler   *settler
 	suspects  *suspects
-	slow      *slow
 	refusals  refusals
 	isolation isolation
 	counts    counts
@@ -52,7 +51,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 		return nil, fmt.Errorf("relay: %w", err)
 	}
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
-	r.suspects, r.slow, r.isolation.some = newSuspects(), newSlow(), make(chan struct{}, 1)
+	r.suspects, r.isolation.some = newSuspects(), make(chan struct{}, 1)
 	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{
@@ -108,7 +107,9 @@ func (r *Relay) Run(ctx context.Context) error {
 	leasing.Go(func() { r.leases.run(leaseCtx) })
 	settling.Go(func() { r.settler.run(hard, stopSettling) })
 	publishing.Go(func() { r.publishLoop(ctx, hard) })
-	publishing.Go(func() { r.isolate(ctx, hard) })
+	for range isolators {
+		publishing.Go(func() { r.isolate(ctx, hard) })
+	}
 	for i := range probers {
 		publishing.Go(func() { r.probe(ctx, hard, i < probers/2) })
 	}

@@ -113,6 +113,7 @@ func (r *Relay) publishApart(ctx, hard context.Context, window int, prober bool,
 		s.end()
 		return apartEnd{}, err
 	}
+	c.isolated = !prober
 	c.publish(ctx, from)
 	s.end()
 	r.hand.apart(s.orphans)

@@ -167,8 +167,8 @@ const drawnSQL = `SELECT CASE WHEN is_called THEN last_value ELSE 0 END, EXISTS 
 	FROM {sequence}`
 
 // dueSQL reads parked messages whose time has come, not more than $8 seconds ago if
-// that is given, or those for the exchange $6 and,
-// if given, the routing key $7 whose time comes within $5 seconds; other than those with
+// that is given, or those for the exchange $6 and, if given, the routing key $7 whose time
+// comes within $5 seconds, and which were parked for one of the reasons $9; other than those with
 // the ids $4, and with a key only its head. It goes by index (lane, due_at); $2 rows are
 // per lane. A scheduled message was created, for its consumers, when it was due. (clock_timestamp is volatile: an index
 // condition with it would be a filter over all that is not due yet.)
@@ -182,7 +182,8 @@ const dueSQL = `WITH page AS (
 			WHERE p.lane = l.lane_wanted AND ($3::bigint >> l.lane_wanted) & 1 = 1 AND p.due_at <= statement_timestamp() + $5::float8 * interval '1 second'
 				AND p.due_at >= CASE WHEN $8::float8 IS NULL THEN '-infinity' ELSE statement_timestamp() - $8 * interval '1 second' END
 				AND p.id <> ALL($4::bigint[])
-				AND ($6::text IS NULL OR p.reason = 'retry' AND p.exchange = $6 AND coalesce(p.routing_key = $7::text, $7 IS NULL))
+				AND ($6::text IS NULL OR p.reason = 'retry' AND p.exchange = $6 AND coalesce(p.routing_key = $7::text, $7 IS NULL)
+					AND p.last_error = ANY ($9::text[]))
 				AND (p.key IS NULL OR p.id = (
 					SELECT h.id FROM {parked} AS h
 					WHERE h.key IS NOT NULL AND (h.lane, h.key, h.id) >= (p.lane, p.key, 0) ORDER BY h.lane, h.key, h.id LIMIT 1))

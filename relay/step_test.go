@@ -271,12 +271,29 @@ func TestMessageThatWasJustParkedIsRecalled(t *testing.T) {
 		if len(taken) != 1 {
 			t.Fatal("the message was not read")
 		}
-		s.hand.refuse(verdict{message: taken[0], reason: "retry", delay: suspectDelay - time.Minute})
+		s.hand.refuse(verdict{message: taken[0], reason: "retry", delay: suspectDelay - time.Minute, lastError: "silent"})
 		s.settle()
-		s.suspects.cleared = []recalled{{placeOf(taken[0]), time.Now()}}
+		s.suspects.cleared = []recalled{{placeOf(taken[0]), []string{"silent"}, time.Now()}}
 	}
 	s.read()
 	if len(s.hand.take(1)) != 1 {
 		t.Error("it waits for its time")
+	}
+}
+
+// What has been tried since its place takes messages again, and was refused, waits for its
+// time like any other.
+func TestRecallLeavesWhatWasRefusedSince(t *testing.T) {
+	t.Parallel()
+	s := newSteps(t)
+	s.commit("", 1)
+	s.read()
+	taken := s.hand.take(1)
+	s.hand.refuse(verdict{message: taken[0], reason: "retry", spend: 1, delay: time.Minute, lastError: "returned"})
+	s.settle()
+	s.suspects.cleared = []recalled{{placeOf(taken[0]), []string{"missing"}, time.Now()}}
+	s.read()
+	if len(s.hand.take(1)) != 0 {
+		t.Error("it is tried before its time")
 	}
 }

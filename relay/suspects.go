@@ -2,6 +2,7 @@ package relay
 
 import (
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -45,20 +46,33 @@ func itself(m *message) place { return place{destination: m.destination, only: m
 // placesOf returns the places that m may tell of, the widest first.
 func placesOf(m *message) [3]place { return [...]place{exchangeOf(m), placeOf(m), itself(m)} }
 
-// recalled is a place that was cleared.
+// recalled is a place that was cleared, and what was said of it: what was parked for that
+// is read before its time. Not so what has been tried since, and was refused.
 type recalled struct {
 	place
-	at time.Time
+	why []string
+	at  time.Time
 }
 
 type suspect struct {
 	failures int
-	why      string // in the broker's words
+	why      []string // in the broker's words, the latest last
 	probe    *message
 	next     time.Time // of the next probe
 	chosenAt time.Time // when a message was last chosen to be it
 	waits    int       // verdicts without a try
 }
+
+// says notes why a place is suspect. What is parked for it bears that.
+func (x *suspect) says(why string) {
+	x.why = append(slices.DeleteFunc(x.why, func(w string) bool { return w == why }), why)
+	x.why = x.why[max(0, len(x.why)-maxReasons):]
+}
+
+func (x *suspect) latest() string { return x.why[len(x.why)-1] }
+
+// maxReasons bounds the reasons that are remembered of a place.
+const maxReasons = 4
 
 // maxSuspects bounds the places that are remembered.
 const maxSuspects = 1000
@@ -111,7 +125,7 @@ func (s *suspects) accuse(m *message, why cause, text string) (delay time.Durati
 	p := placeOf(m)
 	if why == missing {
 		p = exchangeOf(m)
-	} else if x := s.byPlace[itself(m)]; x != nil && x.probe == m {
+	} else if x := s.byPlace[itself(m)]; x != nil && x.probe == m || why == unanswered {
 		p, own = itself(m), true
 	}
 	for _, other := range placesOf(m) {
@@ -120,8 +134,8 @@ func (s *suspects) accuse(m *message, why cause, text string) (delay time.Durati
 		}
 	}
 	x := s.add(p)
-	x.why = text
-	if x.probe != m && why != silent { // it was among others
+	x.says(text)
+	if x.probe != m && why != silent && why != unanswered { // it was among others
 		return backOff(0), own
 	}
 	if x.probe == m {
@@ -136,7 +150,7 @@ func (s *suspects) accuse(m *message, why cause, text string) (delay time.Durati
 		x.next = time.Now().Add(delay)
 	}
 	if why == silent {
-		s.add(itself(m)).why = text
+		s.add(itself(m)).says(text)
 	}
 	return delay + othersFirst, own
 }
@@ -180,9 +194,9 @@ func (s *suspects) wait(m *message) (delay time.Duration, why string) {
 	x.waits++
 	if time.Since(x.chosenAt) > 2*maxProbe {
 		x.chosenAt = time.Now()
-		return backOff(0), x.why
+		return backOff(0), x.latest()
 	}
-	return rand.N(min(maxProbe+time.Duration(x.waits)*suspectStep, suspectDelay)), x.why
+	return rand.N(min(maxProbe+time.Duration(x.waits)*suspectStep, suspectDelay)), x.latest()
 }
 
 // forget ends the probes that messages were, without a result.
@@ -210,10 +224,10 @@ func (s *suspects) clear(m *message) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, p := range placesOf(m) {
-		if s.byPlace[p] != nil {
+		if x := s.byPlace[p]; x != nil {
 			delete(s.byPlace, p)
 			if p.only == 0 {
-				s.cleared = append(s.cleared, recalled{p, time.Now()})
+				s.cleared = append(s.cleared, recalled{p, x.why, time.Now()})
 			}
 		}
 	}

@@ -16,6 +16,7 @@ const (
 	missing                     // its exchange does not exist, or we may not write to it
 	denied                      // we may not write to its topic
 	silent                      // it was a probe, and had no answer
+	unanswered                  // it was published apart, since others were kept waiting, and had none
 	suspected                   // it was not tried, since its destination is suspect
 	impossible                  // it can never be published
 )
@@ -52,12 +53,16 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 	case impossible:
 		v.reason = "dead"
 		r.suspects.forget(m)
-	case missing, denied, silent:
-		if !m.alone || why == silent {
+	case missing, denied, silent, unanswered:
+		if !m.alone || why == silent || why == unanswered {
 			v.spend = 0
 		}
 		if v.delay, ownFault = r.suspects.accuse(m, why, v.lastError); ownFault {
 			v.lastError = "it has no answer, though others for its destination have one"
+		}
+		if why == unanswered {
+			r.cfg.Logger.Warn("relay: a message has no answer; it is parked, and tried alone", "message_id", m.messageID,
+				"key", m.key, "exchange", m.exchange, "routing_key", m.routingKey)
 		}
 	case suspected:
 		v.spend = 0
