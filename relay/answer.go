@@ -2,7 +2,6 @@ package relay
 
 import (
 	"fmt"
-	"slices"
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -53,7 +52,7 @@ func (c *channel) collect(all bool) {
 		c.answered(f.sentAt)
 		if now-f.sentAt > int64(silentAfter) {
 			_, open := c.alarmedSince()
-			c.relay.hand.slow.answered(f.destination, time.Duration(now-max(f.sentAt, open)))
+			c.relay.slow.answered(f.destination, time.Duration(now-max(f.sentAt, open)))
 		}
 		c.answeredTag = max(c.answeredTag, f.confirm.DeliveryTag)
 		if f.confirm.Acked() {
@@ -73,25 +72,22 @@ func (c *channel) collect(all bool) {
 	}
 }
 
-// doubt gives the connection up if a message has had no answer for too long.
+// doubt gives the connection up if the oldest message has had no answer for too long.
 func (c *channel) doubt() {
-	for _, f := range c.pending {
-		if limit := c.limit(f); c.unanswered(f, limit) {
-			c.alert.Store(limit == c.relay.pub.cfg.ConfirmTimeout) // an alert does not prolong itself
-			c.giveUp(f, fmt.Errorf("no answer from the broker within %s", limit))
-			return
-		}
-	}
-	at := slices.IndexFunc(c.pending, c.overtaken)
-	if at < 0 {
+	if len(c.pending) == 0 {
 		return
 	}
-	f := c.pending[at]
-	if tag := f.confirm.DeliveryTag; tag != c.doubted {
+	oldest := c.pending[0]
+	tag := oldest.confirm.DeliveryTag
+	if tag != c.doubted && c.overtaken(oldest) {
 		c.doubted, c.doubtedAt = tag, since()
-	} else if since()-c.doubtedAt > int64(doubtFor) {
+	}
+	if tag == c.doubted && since()-c.doubtedAt > int64(doubtFor) {
 		c.alert.Store(true)
-		c.giveUp(f, fmt.Errorf("no answer to some messages within %s, while others had theirs", silentAfter))
+		c.giveUp(oldest, fmt.Errorf("no answer to some messages within %s, while others had theirs", silentAfter))
+	} else if limit := c.limit(oldest); c.unanswered(oldest, limit) {
+		c.alert.Store(limit == c.relay.pub.cfg.ConfirmTimeout) // an alert does not prolong itself
+		c.giveUp(oldest, fmt.Errorf("no answer from the broker within %s", limit))
 	}
 }
 
@@ -136,11 +132,11 @@ func (c *channel) takeReturn(m *message) (amqp.Return, bool) {
 func (c *channel) limit(f flight) time.Duration {
 	limit := c.relay.pub.cfg.ConfirmTimeout
 	if f.patience > 0 {
-		limit = min(limit, max(f.patience, c.relay.hand.slow.patience(f.destination)))
+		limit = min(limit, max(f.patience, c.relay.slow.patience(f.destination)))
 	}
 	at := c.relay.stalledAt.Load()
 	if alert := at != 0 && since()-at < int64(alertFor); !c.prober && (alert || c.isolated) {
-		limit = min(limit, max(silentAfter, c.relay.hand.slow.patience(f.destination))+doubtFor)
+		limit = min(limit, max(silentAfter, c.relay.slow.patience(f.destination))+doubtFor)
 	}
 	return limit
 }
@@ -155,7 +151,7 @@ func (c *channel) unanswered(f flight, limit time.Duration) bool {
 // overtaken says that a message has had no answer for a while, and others that
 // were sent after it have.
 func (c *channel) overtaken(f flight) bool {
-	return !c.prober && c.unanswered(f, max(silentAfter, c.relay.hand.slow.patience(f.destination))) &&
+	return !c.prober && c.unanswered(f, max(silentAfter, c.relay.slow.patience(f.destination))) &&
 		(c.answeredTag > f.confirm.DeliveryTag || c.lastAnswered.Load() > f.sentAt+int64(sentApart))
 }
 
@@ -167,6 +163,7 @@ func (c *channel) giveUp(f flight, why error) {
 		c.overdue = f.message
 	} else {
 		c.stalled.Store(true)
+		c.relay.slow.answered(f.destination, time.Duration(since()-f.sentAt)) // if it answers after all, and is not silent
 	}
 	c.fail(why)
 	c.conn.Cut()

@@ -30,7 +30,7 @@ type channel struct {
 
 	answeredTag uint64        // the highest that has its answer
 	sweep       time.Duration // until answers are looked for behind the oldest
-	doubted     uint64        // the tag of the oldest that others overtook
+	doubted     uint64        // the tag of the oldest, when others overtook it
 	doubtedAt   int64
 }
 

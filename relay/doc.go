@@ -91,8 +91,8 @@
 //	 | `--- answered ---'          `--- no answer within 1.5 s -----|--'
 //	 `--------------------------------- its probe was answered -----'
 //
-// A destination that answers, but late, is given twice the time that it took, until no
-// answer of it has been late for a minute. A message that had no answer as the probe is
+// A destination that answers, but late, is given twice the time that it took, 4 s at most,
+// until no answer of it has been late for a minute. A message that had no answer as the probe is
 // suspect itself when others for its destination have theirs: it is tried alone, and
 // holds up nothing but its key.
 //

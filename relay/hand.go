@@ -24,7 +24,6 @@ type hand struct {
 	waiting   int                  // messages that wait in lines
 	waitBytes int                  // of their payloads
 	inFlight  int
-	slow      *slow
 	refusing  int        // verdicts not settled
 	unsettled [lanes]int // messages whose rows are as they were read
 	taken     [lanes]int // of those, in flight or with a verdict
@@ -59,7 +58,6 @@ func newHand() *hand {
 		passed:  make(map[*line]bool),
 		routes:  make(map[destination]*route),
 		onTrial: make(map[destination]bool),
-		slow:    newSlow(),
 		some:    make(chan struct{}, 1),
 		trials:  queue{some: make(chan struct{}, 1)},
 		probes:  queue{some: make(chan struct{}, 1)},

@@ -28,6 +28,7 @@ type Relay struct {
 	reader    *reader
 	settler   *settler
 	suspects  *suspects
+	slow      *slow
 	refusals  refusals
 	isolation isolation
 	counts    counts
@@ -51,7 +52,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 		return nil, fmt.Errorf("relay: %w", err)
 	}
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
-	r.suspects, r.isolation.some = newSuspects(), make(chan struct{}, 1)
+	r.suspects, r.slow, r.isolation.some = newSuspects(), newSlow(), make(chan struct{}, 1)
 	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{

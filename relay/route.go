@@ -20,22 +20,12 @@ type route struct {
 
 const (
 	shares = 4 // a destination has a quarter of the window at least
-	// slowShare is fewer messages than RabbitMQ takes on one channel for a quorum queue
-	// that does not confirm, before the channel waits for it: some 20.
-	slowShare = 16
 	// slowAfter is more than a hand full of messages for one destination takes.
 	slowAfter = time.Second
 )
 
-// share is how many messages of a destination may be in flight. One that answers late has
-// few places beside others: a channel that waits for its queue would stop theirs.
-func (h *hand) share(r *route) int {
-	n := channels * window / min(shares, max(1, len(h.routes)))
-	if len(h.routes) > 1 && h.slow.patience(r.destination) > 0 {
-		n = min(n, slowShare)
-	}
-	return n
-}
+// share is how many messages of one destination may be in flight.
+func (h *hand) share() int { return channels * window / min(shares, max(1, len(h.routes))) }
 
 // push makes m ready to be taken.
 func (h *hand) push(m *message) {
@@ -52,7 +42,7 @@ func (h *hand) push(m *message) {
 
 // offer puts a route into the turn if something may be taken of it.
 func (h *hand) offer(r *route) {
-	if !r.inTurn && len(r.ready) > 0 && r.inFlight < h.share(r) && !h.onTrial[r.destination] {
+	if !r.inTurn && len(r.ready) > 0 && r.inFlight < h.share() && !h.onTrial[r.destination] {
 		r.inTurn = true
 		h.turn = append(h.turn, r)
 		notify(h.some)
@@ -71,7 +61,7 @@ func (h *hand) take(limit int) (taken []*message) {
 		if h.onTrial[r.destination] {
 			continue // the end of the trial offers it again
 		}
-		n := max(0, min(len(r.ready), limit-len(taken), h.share(r)-r.inFlight))
+		n := max(0, min(len(r.ready), limit-len(taken), h.share()-r.inFlight))
 		for _, m := range r.ready[:n] {
 			r.bytes -= len(m.payload)
 			h.taken[m.lane]++
@@ -131,7 +121,7 @@ func (h *hand) isSlow(r *route) bool {
 	if r == nil || len(r.ready) == 0 {
 		return false
 	}
-	return h.onTrial[r.destination] || r.inFlight >= h.share(r) && since()-r.ready[0].readyAt > int64(slowAfter)
+	return h.onTrial[r.destination] || r.inFlight >= h.share() && since()-r.ready[0].readyAt > int64(slowAfter)
 }
 
 // apart gives the places of messages in the window to others. They stay taken.

@@ -25,13 +25,17 @@ type slowness struct {
 const (
 	// slowFor is how long after its last slow answer a destination counts as slow.
 	slowFor = time.Minute
+	// maxPatience bounds what a slow destination may take among others, whose messages it
+	// holds up meanwhile: a slower one is taken for silent, and has that time as a suspect.
+	maxPatience = 4 * time.Second
 	// maxSlow bounds the destinations that are remembered.
 	maxSlow = 1000
 )
 
 func newSlow() *slow { return &slow{byDestination: make(map[destination]slowness)} }
 
-// patience is how long a destination may take, if it is slow: twice as long as it did.
+// patience is how long a destination may take, if it is slow: twice as long as it did, up to
+// maxPatience.
 func (s *slow) patience(d destination) time.Duration {
 	if s.count.Load() == 0 {
 		return 0
@@ -42,7 +46,7 @@ func (s *slow) patience(d destination) time.Duration {
 	if ok && since()-known.at > int64(slowFor) {
 		s.forget(d)
 	}
-	return 2 * s.byDestination[d].took
+	return min(2*s.byDestination[d].took, maxPatience)
 }
 
 // answered notes how long an answer took, if that was long.
