@@ -39,6 +39,7 @@ var scenarios = []struct {
 	{"blocked", blocked},
 	{"idle", idle},
 	{"takeover", takeover},
+	{"inbox", consume},
 }
 
 func main() {

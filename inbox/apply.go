@@ -5,130 +5,205 @@ import (
 	"errors"
 	"fmt"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// work handles messages until ctx ends. What is in hand then may use workCtx to
-// the end.
-func (c *Consumer) work(ctx, workCtx context.Context, own <-chan *delivery) {
-	shared := c.queues[c.cfg.Workers]
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case d := <-own:
-			c.deliver(workCtx, d)
-		case d := <-shared:
-			c.deliver(workCtx, d)
-		case id := <-c.due:
-			c.handleAgain(ctx, workCtx, id)
-		}
-	}
-}
-
-// deliver sees to it that a delivery is recorded with its effects, or parked, and
-// acknowledges it after that.
-func (c *Consumer) deliver(ctx context.Context, d *delivery) {
-	if d.live.Err() != nil {
-		return
-	}
-	e := newEnvelope(&d.Delivery)
-	if c.settleDelivery(ctx, d.live, e) {
-		// An error is the end of the channel: RabbitMQ delivers it again, and it is a
-		// duplicate then.
-		_ = d.Ack(false)
-	}
-}
-
-// settleDelivery reports whether the message is on record, as applied or parked.
-func (c *Consumer) settleDelivery(ctx, live context.Context, e envelope) bool {
-	if err := checkName("message_id", e.id(), maxMessageID); err != nil {
-		return c.parkUnusable(live, e, err)
-	}
-	claim := []statement{{recordSQL(c.cfg.Schema), []any{c.cfg.Name, e.id(), e.digest()}}}
-	if key := e.storableKey(); key != nil {
-		claim = append(claim, statement{blockedSQL(c.cfg.Schema), []any{c.cfg.Name, *key}})
-	}
-	v, err := c.apply(ctx, live, claim, e, 1)
-	switch v {
-	case applied:
-		c.count(func(s *Stats) { s.Applied++ })
-		return true
-	case taken:
-		c.count(func(s *Stats) { s.Duplicates++ })
-		return true
-	case failed, ended, blocked:
-		return c.park(live, e, v, err)
-	}
-	return false
-}
-
-// A verdict is what became of one run of a message's transaction.
+// A verdict is what became of one transaction.
 type verdict int
 
 const (
-	applied verdict = iota // committed
-	taken                  // not ours: a duplicate, or another has the parked row
-	blocked                // an earlier message of its key is parked; the handler did not run
-	away                   // there was no transaction to be had; the handler did not run
-	again                  // rolled back, or of unknown outcome, through no fault of the handler
-	failed                 // rolled back: the handler failed
-	ended                  // the handler ended the transaction; see ErrTxEnded
-	stopped                // rolled back: the consumer stops, or the delivery has lapsed
+	applied   verdict = iota // committed
+	away                     // there was no transaction to be had; no handler ran
+	again                    // rolled back, or of unknown outcome, through no fault of a handler
+	failed                   // rolled back: a handler failed, or COMMIT
+	ended                    // a handler ended the transaction; see ErrTxEnded
+	stopped                  // rolled back: the consumer stops, or the delivery has lapsed
+	contested                // rolled back: others hold what it needs
 )
 
-// apply runs the message's transaction until there is a verdict to act on. A
-// database that is away is waited for; other failures that are not the
-// handler's get maxRuns. It stops waiting when live ends.
-func (c *Consumer) apply(ctx, live context.Context, claim []statement, e envelope, attempt int) (verdict, error) {
+// unit is what one transaction is about: messages that were delivered, or one that was
+// parked.
+type unit struct {
+	items   []*item
+	unpark  *statement // opens the transaction of what was parked, and affects one row if it is ours
+	patient bool       // it waits for what others hold: there is nothing else to do meanwhile
+}
+
+// item is a message that is to be handled.
+type item struct {
+	envelope
+	attempt    int
+	deliveries []*delivery     // more than one if it came more than once; none if it was parked
+	contested  bool            // it was in a transaction that others were in the way of
+	before     context.Context // what Config.Before returned, if it was called
+	fate       fate
+}
+
+// fate is what a transaction does with a message.
+type fate int
+
+const (
+	handled fate = iota
+	taken        // not ours: a duplicate, or another has the parked row
+	blocked      // parked behind an earlier message of its key
+)
+
+// result is what became of a transaction.
+type result struct {
+	verdict
+	err     error
+	culprit int    // failed, ended: the index of the item whose handler did it; -1: nobody's
+	xid     uint32 // of the transaction, as its rows bear it
+	unknown bool   // an earlier run of it may have committed
+}
+
+// apply runs a transaction until there is a verdict to act on. A database that is away is
+// waited for; other failures that are not a handler's get maxRuns. It stops waiting when
+// live ends.
+func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 	wait := runBackOff()
 	unknown := false
 	for run := 1; ; {
-		v, err := c.run(ctx, claim, e.message(attempt))
+		r := c.run(ctx, u)
+		r.unknown = unknown
+		divisible := len(u.items) > 1 || isLocked(r.err) && !u.patient
 		switch {
-		case v == taken && unknown:
-			return applied, nil
-		case v == again && run == maxRuns:
-			return failed, fmt.Errorf("in vain %d times: %w", maxRuns, err)
-		case v == again:
-			unknown = unknown || errors.Is(err, ErrCommitUnknown)
+		case isContested(r.err) && divisible:
+			r.verdict, r.culprit = contested, -1
+			return r
+		case r.verdict == again && run == maxRuns:
+			r.verdict, r.culprit, r.err = failed, -1, fmt.Errorf("in vain %d times: %w", maxRuns, r.err)
+			return r
+		case r.verdict == again:
+			unknown = unknown || errors.Is(r.err, ErrCommitUnknown)
 			run++
-		case v != away:
-			return v, err
+		case r.verdict != away:
+			return r
 		}
 		if !sleep(live, wait.NextBackOff()) {
-			return stopped, err
+			r.verdict = stopped
+			return r
 		}
 	}
 }
 
-// run runs the message's transaction once: the claim, the handler, COMMIT. The
-// first statement of the claim affects one row if the message is ours to handle;
-// a second one finds a row if it has to wait behind another.
-func (c *Consumer) run(ctx context.Context, claim []statement, m Message) (verdict, error) {
+// run runs a transaction once: the claim, the handlers, COMMIT.
+func (c *Consumer) run(ctx context.Context, u unit) (r result) {
+	r.culprit = -1
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	tx, rows, err := begin(callCtx, c.db, append([]statement{c.settings()}, claim...)...)
+	tx, err := begin(callCtx, c.db, func(b *pgx.Batch) {
+		b.Queue(settingsSQL, c.settings(u.lockTimeout())...)
+		c.claim(b, u, &r.xid)
+		b.Queue(lockTimeoutSQL, milliseconds(lockTimeout))
+	})
 	c.reportDatabase(ctx, err)
 	if err != nil {
-		return away, err
+		r.verdict, r.err = away, err
+		return r
 	}
 	defer rollback(ctx, tx)
-	switch {
-	case rows[1] == 0:
-		return taken, nil
-	case len(rows) > 2 && rows[2] > 0:
-		return blocked, errBehind
+	some, err := c.parkBlocked(callCtx, tx, u.items)
+	if err != nil {
+		r.verdict, r.err = again, err
+		return r
 	}
-	if v, err := c.call(ctx, tx, m); v != applied {
-		return v, err
+	for i, m := range u.items {
+		if m.fate != handled {
+			continue
+		}
+		some = true
+		if r.verdict, r.err = c.call(ctx, tx, m); r.verdict != applied {
+			r.culprit = i
+			return r
+		}
 	}
+	if some {
+		r.verdict, r.err = c.commit(ctx, tx)
+	}
+	return r
+}
+
+// claim queues the statements that tell the fate of each message, and record those that
+// are ours.
+func (c *Consumer) claim(b *pgx.Batch, u unit, xid *uint32) {
+	for _, m := range u.items {
+		m.fate = taken
+	}
+	if u.unpark != nil {
+		b.Queue(u.unpark.sql, u.unpark.args...).Exec(func(tag pgconn.CommandTag) error {
+			if tag.RowsAffected() == 1 {
+				u.items[0].fate = handled
+			}
+			return nil
+		})
+		return
+	}
+	byID, byKey := make(map[string]*item, len(u.items)), make(map[string][]*item)
+	ids, digests := make([]string, len(u.items)), make([]int64, len(u.items))
+	for i, m := range u.items {
+		byID[m.id()] = m
+		ids[i], digests[i] = m.id(), m.digest()
+		if key := m.storableKey(); key != nil {
+			byKey[*key] = append(byKey[*key], m)
+		}
+	}
+	b.Queue(recordAllSQL(c.cfg.Schema), c.cfg.Name, ids, digests).Query(func(rows pgx.Rows) error {
+		var id string
+		var txid int64
+		_, err := pgx.ForEachRow(rows, []any{&id, &txid}, func() error {
+			byID[id].fate = handled
+			*xid = uint32(txid)
+			return nil
+		})
+		return err
+	})
+	if len(byKey) == 0 {
+		return
+	}
+	keys := make([]string, 0, len(byKey))
+	for key := range byKey {
+		keys = append(keys, key)
+	}
+	b.Queue(blockedSQL(c.cfg.Schema), c.cfg.Name, keys).Query(func(rows pgx.Rows) error {
+		var key string
+		_, err := pgx.ForEachRow(rows, []any{&key}, func() error {
+			for _, m := range byKey[key] {
+				if m.fate == handled {
+					m.fate = blocked
+				}
+			}
+			return nil
+		})
+		return err
+	})
+}
+
+// parkBlocked parks those of the messages that were recorded and have to wait behind
+// another, and reports whether there were any.
+func (c *Consumer) parkBlocked(ctx context.Context, tx pgx.Tx, items []*item) (some bool, err error) {
+	batch := &pgx.Batch{}
+	for _, m := range items {
+		if m.fate == blocked {
+			batch.Queue(parkRecordedSQL(c.cfg.Schema), c.parkArgs(m.envelope, parking{reason: reasonBlocked, err: errBehind})...)
+		}
+	}
+	if batch.Len() == 0 {
+		return false, nil
+	}
+	return true, tx.SendBatch(ctx, batch).Close()
+}
+
+// commit commits, and judges what that came to.
+func (c *Consumer) commit(ctx context.Context, tx pgx.Tx) (verdict, error) {
 	commitCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	err = commit(commitCtx, tx)
+	err := commit(commitCtx, tx)
 	switch {
 	case err == nil:
 		return applied, nil
@@ -140,21 +215,43 @@ func (c *Consumer) run(ctx context.Context, claim []statement, m Message) (verdi
 	return failed, fmt.Errorf("commit: %w", err)
 }
 
-// lockTimeout is shorter than callTimeout, so that a twin that holds the ID costs
-// a statement and not a connection.
-const lockTimeout = callTimeout / 2
+const (
+	// lockTimeout is shorter than callTimeout, so that a twin that holds the ID costs
+	// a statement and not a connection.
+	lockTimeout = callTimeout / 2
+	// A batch waits less for an ID that another transaction holds, and its parts do when
+	// it did so in vain: one of them may go on.
+	batchLockTimeout = time.Second
+	partLockTimeout  = 20 * time.Millisecond
+)
 
-func (c *Consumer) settings() statement {
-	ms := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
-	return statement{settingsSQL, []any{ms(lockTimeout), ms(c.cfg.Timeout + callTimeout), ms(callTimeout)}}
+// lockTimeout is how long the claim waits for an ID that another transaction holds.
+func (u unit) lockTimeout() time.Duration {
+	switch {
+	case u.patient:
+		return lockTimeout
+	case slices.ContainsFunc(u.items, func(m *item) bool { return m.contested }):
+		return partLockTimeout
+	}
+	return batchLockTimeout
 }
 
+func (c *Consumer) settings(claimTimeout time.Duration) []any {
+	return []any{milliseconds(claimTimeout), milliseconds(c.cfg.Timeout + callTimeout), milliseconds(callTimeout)}
+}
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
 // call calls the handler and judges what it did; applied is yet to be committed.
-func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m Message) (verdict, error) {
+func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m *item) (verdict, error) {
 	handlerCtx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 	defer cancel()
+	valued := handlerCtx
+	if m.before != nil {
+		valued = handlerContext{handlerCtx, m.before}
+	}
 	guarded := newGuard(tx)
-	err := guarded.check(c.handle(handlerCtx, guarded, m))
+	err := guarded.check(safely("the handler", func() error { return c.handler(valued, guarded, m.message(m.attempt)) }))
 	late := handlerCtx.Err() != nil
 	switch {
 	case err == nil:
@@ -175,19 +272,19 @@ func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m Message) (verdict, err
 	return failed, err
 }
 
-// handle calls the handler and makes an error of its panic. It does so in a
-// goroutine that the handler may end.
-func (c *Consumer) handle(ctx context.Context, tx pgx.Tx, m Message) error {
+// safely calls a function of the user's and makes an error of its panic. It does so in
+// a goroutine that the function may end.
+func safely(what string, fn func() error) error {
 	result := make(chan error, 1)
 	go func() {
-		err := errors.New("the handler ended its goroutine, by runtime.Goexit or the FailNow of a test")
+		err := errors.New(what + " ended its goroutine, by runtime.Goexit or the FailNow of a test")
 		defer func() {
 			if reason := recover(); reason != nil {
 				err = fmt.Errorf("panic: %v\n\n%s", reason, debug.Stack())
 			}
 			result <- err
 		}()
-		err = sound(c.handler(ctx, tx, m))
+		err = sound(fn())
 	}()
 	return <-result
 }
@@ -198,7 +295,7 @@ func (c *Consumer) reportDatabase(ctx context.Context, err error) {
 	switch {
 	case err == nil:
 		c.report(&c.database, nil)
-	case !isConflict(err) && sqlState(err) != "55P03" && ctx.Err() == nil:
+	case !isContested(err) && ctx.Err() == nil:
 		c.report(&c.database, &waiting{"the database", err})
 	}
 }

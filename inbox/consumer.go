@@ -32,14 +32,17 @@ type Config struct {
 	// Schema is the database schema of txbox's tables; default "txbox".
 	Schema string
 	// Prefetch is how many deliveries RabbitMQ sends ahead, and so the most that are
-	// held in memory; 1 to 65,535, default 100.
+	// held in memory; 1 to 65,535, default 100 or, if that is more, two batches for
+	// each worker.
 	Prefetch int
 	// Workers is how many messages are handled at the same time, each in a
 	// transaction on a connection of its own; less than the pool's MaxConns, default
 	// 4 or as many as that allows.
 	Workers int
-	// Batch is how many messages may share a transaction; only 1 is supported as
-	// yet, which is the default.
+	// Batch is how many messages may share a transaction, of those that have been
+	// delivered: nothing waits for a batch to fill. Several times faster, for Handlers
+	// whose only effects are in tx: when one fails, those before it are handled again.
+	// Default 1, at most 10,000.
 	Batch int
 	// Timeout is how long a Handler may take; default 30 s, at most 24 h.
 	Timeout time.Duration
@@ -48,6 +51,17 @@ type Config struct {
 	StopTimeout time.Duration
 	// MaxAttempts is how many failed attempts make a message dead; default 10.
 	MaxAttempts int
+	// Horizon is how long messages are remembered. One that was written longer ago is
+	// parked as too_old when it comes, since its record may be gone; longer than any
+	// message can wait in a queue or be sent again. Records are deleted a day later, in
+	// small steps. Default 14 days, at least an hour.
+	Horizon time.Duration
+	// Before, if set, is called before the transaction of a message, with a ctx that ends
+	// after Timeout, at least once for each message that is not recorded yet: the place to
+	// call a payment provider, with m.ID as the idempotency key, while no transaction is
+	// open. The values of the context that it returns reach the Handler; an error parks the
+	// message like one of the Handler. Not together with Batch.
+	Before func(ctx context.Context, m Message) (context.Context, error)
 	// Setup declares queues, exchanges and bindings. It is called on every new
 	// connection before consuming, with a channel of its own, and must be done
 	// within 30 s; default: declare nothing.
@@ -81,6 +95,7 @@ type Consumer struct {
 	// messages whose key is that worker's, and a last one for messages without a
 	// key, from which all take. Each has room for all that RabbitMQ sends ahead.
 	queues []chan *delivery
+	batch  atomic.Int32  // messages that are put into one transaction
 	due    chan int64    // parked messages to handle again
 	wake   chan struct{} // one more message is parked
 
@@ -124,8 +139,12 @@ func NewConsumer(db *pgxpool.Pool, amqpURL, queue string, h Handler, cfg Config)
 		log:    cfg.Logger.With("consumer", cfg.Name, "queue", queue),
 		queues: make([]chan *delivery, cfg.Workers+1),
 		due:    make(chan int64), wake: make(chan struct{}, 1),
-		stats: Stats{Parked: map[string]uint64{reasonRetry: 0, reasonBlocked: 0, reasonDead: 0, reasonMissingID: 0, reasonBadID: 0}},
+		stats: Stats{Parked: make(map[string]uint64)},
 	}
+	for _, reason := range []string{reasonRetry, reasonBlocked, reasonDead, reasonMissingID, reasonBadID, reasonConflict, reasonTooOld} {
+		c.stats.Parked[reason] = 0
+	}
+	c.batch.Store(int32(cfg.Batch))
 	for i := range c.queues {
 		c.queues[i] = make(chan *delivery, cfg.Prefetch)
 	}
@@ -162,25 +181,26 @@ func (cfg *Config) complete(db *pgxpool.Pool, queue string) (problems []error) {
 }
 
 func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
-	for _, number := range []struct {
-		field        string
-		value        *int
-		usual, limit int
-	}{
-		{"Prefetch", &cfg.Prefetch, 100, math.MaxUint16},
-		{"Workers", &cfg.Workers, min(4, maxWorkers), maxWorkers},
-		{"MaxAttempts", &cfg.MaxAttempts, 10, math.MaxInt32},
-		{"Batch", &cfg.Batch, 1, math.MaxInt32},
-	} {
-		if *number.value == 0 {
-			*number.value = number.usual
+	number := func(field string, value *int, usual, limit int) {
+		if *value == 0 {
+			*value = usual
 		}
-		if *number.value < 0 || *number.value > number.limit {
-			problems = append(problems, fieldError(number.field, "%d is not one of 1 to %d", *number.value, number.limit))
+		if *value < 0 || *value > limit {
+			problems = append(problems, fieldError(field, "%d is not one of 1 to %d", *value, limit))
 		}
 	}
-	if cfg.Batch > 1 {
-		problems = append(problems, fieldError("Batch", "%d is not yet supported, only 1 is", cfg.Batch))
+	number("Workers", &cfg.Workers, min(4, maxWorkers), maxWorkers)
+	number("Batch", &cfg.Batch, 1, maxBatch)
+	number("Prefetch", &cfg.Prefetch, min(max(100, 2*cfg.Workers*cfg.Batch), math.MaxUint16), math.MaxUint16)
+	number("MaxAttempts", &cfg.MaxAttempts, 10, math.MaxInt32)
+	if cfg.Before != nil && cfg.Batch > 1 {
+		problems = append(problems, errors.New("Before: is not called for batches, Batch must be 1"))
+	}
+	if cfg.Horizon == 0 {
+		cfg.Horizon = 14 * 24 * time.Hour
+	}
+	if cfg.Horizon < time.Hour {
+		problems = append(problems, fieldError("Horizon", "%s is less than an hour", cfg.Horizon))
 	}
 	for _, duration := range []struct {
 		field string
@@ -200,6 +220,8 @@ func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
 	return problems
 }
 
+const maxBatch = 10_000
+
 // maxTimeout, with what is added to it, fits PostgreSQL's 31 bits of milliseconds.
 const maxTimeout = 24 * time.Hour
 
@@ -210,13 +232,19 @@ func fieldError(field, format string, args ...any) error {
 // Run receives messages until ctx ends, and then returns nil: it stops receiving,
 // lets Handlers finish for at most Config.StopTimeout, and gives back to RabbitMQ
 // what was not begun. A database or broker that is away or refuses is waited
-// for, with a log line; only ErrSchema is returned. All goroutines have ended
+// for, with a log line; only ErrSchema is returned, and at once an error if the Name
+// is in use for another queue of this process. All goroutines have ended
 // when Run returns; a Handler that does not heed its ctx delays that.
 func (c *Consumer) Run(ctx context.Context) error {
 	if !c.running.CompareAndSwap(false, true) {
 		return errors.New("inbox: the Consumer is running already")
 	}
 	defer c.running.Store(false)
+	endName, err := c.useName()
+	if err != nil {
+		return err
+	}
+	defer endName()
 	c.receiving.Store(&waiting{"the first connection", errors.New("not made yet")})
 	ctx, stop := context.WithCancel(ctx)
 	work, abort := context.WithCancel(context.WithoutCancel(ctx))
@@ -226,13 +254,14 @@ func (c *Consumer) Run(ctx context.Context) error {
 		workers.Go(func() { c.work(ctx, work, own) })
 	}
 	workers.Go(func() { c.watchDue(ctx) })
+	workers.Go(func() { c.pruneOld(ctx) })
 
 	finish := func() {
 		stop()
 		defer time.AfterFunc(c.cfg.StopTimeout, abort).Stop()
 		workers.Wait()
 	}
-	err := c.receive(ctx, finish)
+	err = c.receive(ctx, finish)
 	finish()
 	c.receiving.Store(&waiting{"Run", errors.New("it has returned")})
 	return err
@@ -284,7 +313,8 @@ type Stats struct {
 	Applied    uint64            // messages whose effects were committed
 	Duplicates uint64            // deliveries of messages recorded before, dropped
 	Failures   uint64            // attempts that failed
-	Parked     map[string]uint64 // messages parked, by reason: retry, blocked, dead, missing_id, bad_id
+	Parked     map[string]uint64 // messages parked, by reason: retry, blocked, dead, missing_id, bad_id, id_conflict, too_old
+	Pruned     uint64            // records that were deleted, since they were older than Config.Horizon
 	Reconnects uint64            // connections to RabbitMQ after the first
 	Connected  bool              // messages are being received
 }

@@ -415,7 +415,9 @@ func TestNewConsumerReportsAllProblemsAtOnce(t *testing.T) {
 	refused(e.Pool, url, "q", handler, inbox.Config{Prefetch: 65536}, "Prefetch")
 	refused(e.Pool, url, "q", handler, inbox.Config{Workers: int(e.Stat().MaxConns())}, "Workers")
 	refused(e.Pool, "amqp://u:s3cret@example.com", "q", handler, inbox.Config{}, "amqpURL")
-	refused(e.Pool, url, "q", handler, inbox.Config{Batch: 2}, "Batch")
+	refused(e.Pool, url, "q", handler, inbox.Config{Batch: 10_001, Horizon: time.Minute}, "Batch", "Horizon")
+	before := func(ctx context.Context, m inbox.Message) (context.Context, error) { return ctx, nil }
+	refused(e.Pool, url, "q", handler, inbox.Config{Batch: 2, Before: before}, "Before")
 	refused(e.Pool, url, "q", inbox.JSON[int](nil), inbox.Config{}, "h")
 	refused(e.pool(t, withParam(t, e.URL, "pool_max_conns", "1")), url, "q", handler, inbox.Config{}, "db")
 	for _, cfg := range []inbox.Config{{}, {Workers: int(e.Stat().MaxConns()) - 1}} {

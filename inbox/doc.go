@@ -8,9 +8,11 @@
 //	    |--handler fails--> parked: retry -+--handler fails--> retry, MaxAttempts times, then dead
 //	    |--Reject---------> parked: dead   (so does Reject; a human looks)
 //	    |--an earlier one of its key is parked--> parked: blocked --that one is gone--> retry, at once
-//	    `--no usable ID---> parked: missing_id, bad_id   (never recorded)
+//	    |--no usable ID---> parked: missing_id, bad_id   (never recorded)
+//	    `--older than the horizon--> parked: too_old     (likewise)
 //
 //	delivered again, after any of these: dropped as a duplicate
+//	delivered with the ID of another message: parked: id_conflict
 //
 // A message is acknowledged to RabbitMQ after the commit that records or parks
 // it, never before. Parked messages are in the table inbox_parked of the
@@ -58,10 +60,26 @@
 // PostgreSQL cannot store (not UTF-8, NUL, over 1,024 bytes), holds nobody up
 // once it is parked.
 //
+// # Batches
+//
+// With [Config.Batch] what has been delivered by the time a worker is free shares a
+// transaction, one INSERT for all IDs and one COMMIT. It waits for nothing: a trickle is
+// handled message by message. When a Handler fails, all is rolled back; those before it are
+// handled again, then it alone, then the rest. When others want the same rows at the same
+// time the consumer makes smaller batches for a while.
+//
+// # What kills a process
+//
+// A message that comes back again and again, three times from a quorum queue, once from a
+// classic one, which does not count, may have killed those who had it in hand. It is parked
+// first and handled from the table, where each attempt is counted before it is made.
+//
 // # How long it remembers
 //
-// [Prune] forgets what is older than you say; run it daily. After that a delivery
-// of the message is a new message.
+// A Consumer parks what is older than [Config.Horizon], by header outbox-created-at or the
+// property timestamp, as too_old, and deletes records a day after that. For what is recorded
+// in other ways [Prune] forgets what is older than you say; run it daily. After that a
+// delivery of the message is a new message.
 //
 // # What it does not do
 //
@@ -73,7 +91,7 @@
 // # Grants
 //
 // For Record and Handle a role needs USAGE on the schema and INSERT on inbox. A
-// Consumer's needs SELECT, INSERT, UPDATE and DELETE on inbox_parked and SELECT on
-// txbox_version besides, that of Prune SELECT and DELETE on inbox and SELECT on
-// inbox_parked.
+// Consumer's needs SELECT and DELETE on inbox, SELECT, INSERT, UPDATE and DELETE on
+// inbox_parked and SELECT on txbox_version besides, that of Prune SELECT and DELETE on
+// inbox and SELECT on inbox_parked.
 package inbox

@@ -36,7 +36,7 @@ func TestAConsumerNeedsNoMoreThanItsGrants(t *testing.T) {
 	t.Parallel()
 	b := setupBroker(t)
 	consumer := b.As(t, map[string]string{
-		"inbox": "INSERT", "inbox_parked": "SELECT, INSERT, UPDATE, DELETE", "txbox_version": "SELECT", "effects": "INSERT",
+		"inbox": "SELECT, INSERT, DELETE", "inbox_parked": "SELECT, INSERT, UPDATE, DELETE", "txbox_version": "SELECT", "effects": "INSERT",
 	})
 	b.publish(t, numbered(5)...)
 	c := b.run(t, consumer.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {

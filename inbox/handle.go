@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -58,12 +59,17 @@ func (r Recorder) Handle(ctx context.Context, db *pgxpool.Pool, consumer, messag
 }
 
 func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(context.Context, pgx.Tx) error) (first bool, err error) {
-	tx, rows, err := begin(ctx, db, record)
+	tx, err := begin(ctx, db, func(b *pgx.Batch) {
+		b.Queue(record.sql, record.args...).Exec(func(tag pgconn.CommandTag) error {
+			first = tag.RowsAffected() == 1
+			return nil
+		})
+	})
 	if err != nil {
 		return false, fmt.Errorf("record: %w", err)
 	}
 	defer rollback(ctx, tx) // also when fn panics
-	if rows[0] == 0 {
+	if !first {
 		return false, nil
 	}
 	guarded := newGuard(tx)

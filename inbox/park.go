@@ -9,15 +9,20 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/txbox/txbox/internal/wire"
 )
 
-// Reasons why a message is parked, as in the table.
+// Reasons why a message is parked, as in the table. The first three are of messages that
+// are recorded.
 const (
 	reasonRetry     = "retry"
 	reasonBlocked   = "blocked"
 	reasonDead      = "dead"
 	reasonMissingID = "missing_id"
 	reasonBadID     = "bad_id"
+	reasonConflict  = "id_conflict"
+	reasonTooOld    = "too_old"
 )
 
 const (
@@ -28,20 +33,27 @@ const (
 // errBehind is what a blocked message is parked with.
 var errBehind = errors.New("an earlier message of its key is parked")
 
-// fate decides what becomes of a message after err failed its attempt: the reason
-// it is parked for, the attempts it has spent, and when the next one is due.
-func (c *Consumer) fate(err error, attempts int) (reason string, spent int, delay time.Duration) {
+// parking is how a recorded message is parked.
+type parking struct {
+	reason   string
+	attempts int // spent
+	delay    time.Duration
+	err      error
+}
+
+// judge decides what becomes of a message after err failed its attempt.
+func (c *Consumer) judge(err error, attempts int) parking {
 	rejected, postponed := (*rejection)(nil), (*postponement)(nil)
 	switch {
 	case errors.As(err, &rejected), errors.Is(err, ErrTxEnded):
-		return reasonDead, attempts, 0
+		return parking{reasonDead, attempts, 0, err}
 	case errors.As(err, &postponed):
-		return reasonRetry, attempts - 1, postponed.delay
+		return parking{reasonRetry, attempts - 1, postponed.delay, err}
 	case attempts >= c.cfg.MaxAttempts:
-		return reasonDead, attempts, 0
+		return parking{reasonDead, attempts, 0, err}
 	}
 	limit := min(firstRetry<<min(max(attempts-1, 0), 16), lastRetry)
-	return reasonRetry, attempts, rand.N(limit)
+	return parking{reasonRetry, attempts, rand.N(limit), err}
 }
 
 // isDeliberate reports whether err is from Reject or RetryAfter.
@@ -50,28 +62,31 @@ func isDeliberate(err error) bool {
 	return errors.As(err, &rejected) || errors.As(err, &postponed)
 }
 
-// park puts a delivered message aside after its handler failed, or behind an
-// earlier one of its key, and reports whether it is on record.
-func (c *Consumer) park(live context.Context, e envelope, v verdict, err error) bool {
-	reason, attempts, delay := reasonBlocked, 0, time.Duration(0)
-	if v != blocked {
-		c.count(func(s *Stats) { s.Failures++ })
-		reason, attempts, delay = c.fate(err, 1)
-		c.sayFailure(e.id(), reason, 1, err)
+// failed parks a delivered message after its attempt failed. If the handler ended the
+// transaction nobody knows whether it is recorded.
+func (c *Consumer) failed(live context.Context, m *item, ended bool, err error) {
+	c.count(func(s *Stats) { s.Failures++ })
+	p := c.judge(err, 1)
+	c.sayFailure(m.id(), p.reason, 1, err)
+	c.park(live, m, ended, p)
+}
+
+// park records and parks a delivered message, and acknowledges it.
+func (c *Consumer) park(live context.Context, m *item, ended bool, p parking) {
+	sql := parkSQL(c.cfg.Schema)
+	if ended {
+		sql = parkEndedSQL(c.cfg.Schema)
 	}
-	rows, ok := c.persist(live, c.parkStatement(e, v, reason, attempts, delay, err))
-	switch {
-	case !ok:
-		return false
-	case rows == 0: // a twin was applied or parked
+	rows, ok := c.persist(live, statement{sql, c.parkArgs(m.envelope, p)})
+	if !ok {
+		return
+	}
+	if rows == 0 { // a twin was applied or parked
 		c.count(func(s *Stats) { s.Duplicates++ })
-	default:
-		c.parked(reason)
+	} else {
+		c.parked(p.reason)
 	}
-	if v == blocked { // behind what may be gone by now
-		c.unblock(live, e)
-	}
-	return true
+	acknowledge(m)
 }
 
 // sayFailure logs that a message is parked after its attempt failed, or for lack of
@@ -111,33 +126,32 @@ func (r *rarely) allow() (unsaid int, ok bool) {
 	return unsaid, true
 }
 
-// parkStatement parks a message; after the handler ended the transaction, without
-// asking whether it is recorded, since nobody knows what else was committed.
-func (c *Consumer) parkStatement(e envelope, v verdict, reason string, attempts int, delay time.Duration, err error) statement {
-	sql := parkSQL(c.cfg.Schema)
-	if v == ended {
-		sql = parkEndedSQL(c.cfg.Schema)
-	}
-	return statement{sql, []any{
-		c.cfg.Name, e.id(), e.digest(), e.storableKey(), reason, delay.Seconds(), attempts, lastError(err),
+func (c *Consumer) parkArgs(e envelope, p parking) []any {
+	return []any{
+		c.cfg.Name, e.id(), e.digest(), e.storableKey(), p.reason, p.delay.Seconds(), p.attempts, lastError(p.err),
 		pack(e.properties), pack(e.headers), e.body,
-	}}
+	}
 }
 
-// parkUnusable parks a message that has no ID to record it by.
-func (c *Consumer) parkUnusable(live context.Context, e envelope, err error) bool {
-	reason := reasonBadID
-	if e.id() == "" {
-		reason = reasonMissingID
+// parkUnowned parks a delivered message of which there is no record, and acknowledges it.
+func (c *Consumer) parkUnowned(m *item, reason string, err error) {
+	live := m.deliveries[0].live
+	var id *string
+	if m.id() != "" && wire.CheckText(m.id()) == nil {
+		text := m.id()
+		id = &text
 	}
-	rows, ok := c.persist(live, statement{parkUnusableSQL(c.cfg.Schema), []any{
-		c.cfg.Name, reason, e.digestOfAll(), lastError(err), pack(e.properties), pack(e.headers), e.body,
+	rows, ok := c.persist(live, statement{parkUnownedSQL(c.cfg.Schema), []any{
+		c.cfg.Name, id, reason, m.digestOfAll(), lastError(err), pack(m.properties), pack(m.headers), m.body,
 	}})
-	if ok && rows > 0 {
-		c.sayFailure(e.id(), reason, 0, err)
+	if !ok {
+		return
+	}
+	if rows > 0 {
+		c.sayFailure(m.id(), reason, 0, err)
 		c.parked(reason)
 	}
-	return ok
+	acknowledge(m)
 }
 
 // unblock makes the next parked message of e's key due after an earlier one is
@@ -178,17 +192,28 @@ func lastError(err error) string {
 
 // persist executes s until that succeeds or live ends, and once in any case.
 func (c *Consumer) persist(live context.Context, s statement) (rows int64, ok bool) {
+	ok = c.persevere(live, func(ctx context.Context) error {
+		tag, err := c.db.Exec(ctx, s.sql, s.args...)
+		rows = tag.RowsAffected()
+		return err
+	})
+	return rows, ok
+}
+
+// persevere calls do, for callTimeout at most, until that succeeds or live ends, and once
+// in any case.
+func (c *Consumer) persevere(live context.Context, do func(context.Context) error) bool {
 	wait := runBackOff()
 	for {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(live), callTimeout)
-		tag, err := c.db.Exec(ctx, s.sql, s.args...)
+		err := do(ctx)
 		cancel()
 		c.reportDatabase(live, err)
 		if err == nil {
-			return tag.RowsAffected(), true
+			return true
 		}
 		if !sleep(live, wait.NextBackOff()) {
-			return 0, false
+			return false
 		}
 	}
 }
@@ -273,10 +298,9 @@ func (c *Consumer) unblockAll(ctx context.Context, key string) (next string) {
 
 // parkedMessage is a parked message whose next attempt is this worker's to make.
 type parkedMessage struct {
-	envelope
-	id       int64
-	token    int // attempts in the row: tells this attempt from a later one
-	attempts int // made, with this one
+	item        // attempt counts this one
+	id    int64 // of the row
+	token int   // attempts in the row: tells this attempt from a later one
 }
 
 // handleAgain makes one more attempt at a parked message that was due.
@@ -284,43 +308,51 @@ func (c *Consumer) handleAgain(live, ctx context.Context, id int64) {
 	if live.Err() != nil {
 		return
 	}
-	p, err := c.claim(ctx, id)
+	p, err := c.claimParked(ctx, id)
 	switch {
 	case p == nil: // another was faster, or the database is away; it is listed again
 		return
 	case err != nil:
-		c.settle(live, p, failed, Reject(err))
+		c.settleParked(live, p, failed, Reject(err))
 		return
-	case p.attempts > c.cfg.MaxAttempts:
-		p.attempts-- // it is not made
-		c.settle(live, p, failed, Reject(errors.New("the last attempt did not come to an end: did the process die?")))
+	case p.attempt > c.cfg.MaxAttempts:
+		p.attempt-- // it is not made
+		c.settleParked(live, p, failed, Reject(errors.New("the last attempt did not come to an end: did the process die?")))
 		return
 	}
-	unpark := []statement{{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}}
-	v, err := c.apply(ctx, live, unpark, p.envelope, p.attempts)
-	switch v {
-	case applied:
+	if err := c.prepare(ctx, &p.item); err != nil {
+		v := failed
+		if ctx.Err() != nil {
+			v = stopped
+		}
+		c.settleParked(live, p, v, err)
+		return
+	}
+	unpark := statement{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}
+	r := c.apply(ctx, live, unit{[]*item{&p.item}, &unpark, true})
+	switch {
+	case r.verdict == applied && (p.fate == handled || r.unknown):
 		c.count(func(s *Stats) { s.Applied++ })
 		c.unblock(ctx, p.envelope)
-	case failed, ended, stopped:
-		c.settle(live, p, v, err)
+	case r.verdict != applied:
+		c.settleParked(live, p, r.verdict, r.err)
 	}
 }
 
-// claim counts the attempt before it is made, so that a message which kills the
+// claimParked counts the attempt before it is made, so that a message which kills the
 // process does not do so for ever, and puts the row off until it must be over.
 // It returns nil if the row is not to be had.
-func (c *Consumer) claim(ctx context.Context, id int64) (*parkedMessage, error) {
+func (c *Consumer) claimParked(ctx context.Context, id int64) (*parkedMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	p := &parkedMessage{id: id}
 	var properties, headers []byte
-	over := c.cfg.Timeout + 3*callTimeout
+	over := 2*c.cfg.Timeout + 3*callTimeout // Before and the Handler
 	err := c.db.QueryRow(ctx, claimSQL(c.cfg.Schema), id, over.Seconds()).Scan(&p.token, &properties, &headers, &p.body)
 	if err != nil {
 		return nil, err
 	}
-	p.attempts = p.token
+	p.attempt = p.token
 	if p.properties, err = unpack(properties); err != nil {
 		return p, err
 	}
@@ -328,21 +360,21 @@ func (c *Consumer) claim(ctx context.Context, id int64) (*parkedMessage, error) 
 	return p, err
 }
 
-// settle ends a claimed attempt that did not apply the message. If the row is not
+// settleParked ends a claimed attempt that did not apply the message. If the row is not
 // there any more, somebody else has settled it.
-func (c *Consumer) settle(live context.Context, p *parkedMessage, v verdict, err error) {
-	reason, attempts, delay := c.fate(err, p.attempts)
+func (c *Consumer) settleParked(live context.Context, m *parkedMessage, v verdict, err error) {
+	p := c.judge(err, m.attempt)
 	if v == stopped { // no attempt after all
-		reason, attempts, delay = reasonRetry, p.attempts-1, 0
+		p = parking{reasonRetry, m.attempt - 1, 0, err}
 	} else {
 		c.count(func(s *Stats) { s.Failures++ })
-		c.sayFailure(p.envelope.id(), reason, p.attempts, err)
+		c.sayFailure(m.envelope.id(), p.reason, m.attempt, err)
 	}
-	s := statement{settleSQL(c.cfg.Schema), []any{p.id, p.token, reason, attempts, lastError(err), delay.Seconds()}}
+	s := statement{settleSQL(c.cfg.Schema), []any{m.id, m.token, p.reason, p.attempts, lastError(err), p.delay.Seconds()}}
 	if v == ended {
-		s = c.parkStatement(p.envelope, v, reason, attempts, delay, err)
+		s = statement{parkEndedSQL(c.cfg.Schema), c.parkArgs(m.envelope, p)}
 	}
 	if rows, ok := c.persist(live, s); ok && rows > 0 && v != stopped {
-		c.parked(reason)
+		c.parked(p.reason)
 	}
 }

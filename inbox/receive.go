@@ -29,6 +29,7 @@ const (
 type delivery struct {
 	amqp.Delivery
 	live context.Context
+	acks *acks
 }
 
 // receive has one connection after the other until ctx ends.
@@ -69,6 +70,7 @@ func (c *Consumer) connection(ctx context.Context, finish func()) *waiting {
 	if problem != nil {
 		return problem
 	}
+	acks := newAcks(s.Channel)
 	live, end := context.WithCancel(ctx)
 	defer c.discard()
 	defer end()
@@ -85,7 +87,7 @@ func (c *Consumer) connection(ctx context.Context, finish func()) *waiting {
 			if !ok {
 				return &waiting{"RabbitMQ", s.whyClosed()}
 			}
-			c.handOver(ctx, &delivery{d, live})
+			c.handOver(ctx, &delivery{d, live, acks})
 		case <-ctx.Done():
 			c.drain(s, finish)
 			return nil

@@ -89,11 +89,8 @@ func (r Recorder) RecordSQL(ctx context.Context, tx *sql.Tx, consumer, messageID
 	return rows == 1, nil
 }
 
-// prunePage keeps one transaction well below 100 ms.
-const prunePage = 1000
-
 // Prune is the function Prune, with the Recorder's settings.
-func (r Recorder) Prune(ctx context.Context, db *pgxpool.Pool, olderThan time.Duration) (int64, error) {
+func (r Recorder) Prune(ctx context.Context, db *pgxpool.Pool, olderThan time.Duration) (total int64, err error) {
 	schema, err := dbschema.Name(r.Schema)
 	switch {
 	case err != nil:
@@ -103,24 +100,15 @@ func (r Recorder) Prune(ctx context.Context, db *pgxpool.Pool, olderThan time.Du
 	case olderThan <= 0:
 		return 0, fmt.Errorf("inbox: olderThan: %s is not positive", olderThan)
 	}
-	statement := pruneSQL(schema)
-	var consumer, messageID string // sort before every row
-	var total int64
-	for {
+	page := pruner{schema: schema, olderThan: olderThan}
+	for more := true; more; {
 		var pruned int64
-		// READ COMMITTED, whatever the default: two Prunes would fail each other.
-		err := pgx.BeginTxFunc(ctx, db, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, func(tx pgx.Tx) error {
-			return tx.QueryRow(ctx, statement, consumer, messageID, olderThan.Seconds(), prunePage).
-				Scan(&consumer, &messageID, &pruned)
-		})
-		if errors.Is(err, pgx.ErrNoRows) {
-			return total, nil
-		}
-		if err != nil {
+		if pruned, more, err = page.next(ctx, db); err != nil {
 			return total, fmt.Errorf("inbox: prune: %w", err)
 		}
 		total += pruned
 	}
+	return total, nil
 }
 
 const (

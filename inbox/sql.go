@@ -16,6 +16,27 @@ func recordSQL(schema string) string {
 	SELECT $1::text, $2::text, $3::bigint FROM ` + durably + ` ON CONFLICT DO NOTHING`
 }
 
+// recordAllSQL is recordSQL for the messages $2 with the digests $3, in the order of their
+// IDs, lest two transactions wait for each other. It returns those that are recorded for
+// the first time, and the transaction.
+func recordAllSQL(schema string) string {
+	return `INSERT INTO ` + table(schema, "inbox") + ` (consumer, message_id, digest)
+	SELECT $1::text, m.id, m.digest FROM unnest($2::text[], $3::bigint[]) AS m(id, digest), ` + durably + `
+	ORDER BY m.id COLLATE "C" ON CONFLICT DO NOTHING RETURNING message_id, txid_current()`
+}
+
+// forgetSQL deletes those records of messages that transaction $3 made (inbox_pkey).
+func forgetSQL(schema string) string {
+	return `DELETE FROM ` + table(schema, "inbox") + ` WHERE consumer = $1 AND message_id = ANY ($2::text[])
+	AND xmin::text = ($3::bigint)::text`
+}
+
+// digestsSQL returns the digests of messages that are recorded (inbox_pkey).
+func digestsSQL(schema string) string {
+	return `SELECT message_id, digest FROM ` + table(schema, "inbox") + `
+	WHERE consumer = $1 AND message_id = ANY ($2::text[]) AND digest IS NOT NULL`
+}
+
 // durably makes the COMMIT of its transaction wait for this server's disk at
 // least, also where synchronous_commit is off: what is recorded is acknowledged
 // next, and a crash of PostgreSQL must not forget it.
@@ -35,6 +56,8 @@ const sameXIDSQL = `SELECT coalesce(txid_current_if_assigned() = $1, false)`
 const settingsSQL = `SELECT set_config('lock_timeout', $1, true),
 	set_config('idle_in_transaction_session_timeout', $2, true), set_config('tcp_user_timeout', $3, true)`
 
+const lockTimeoutSQL = `SELECT set_config('lock_timeout', $1, true)`
+
 // ownedColumns are those of a parked message that owns its row in inbox.
 const ownedColumns = `(consumer, message_id, digest, key, reason, due_at, attempts, last_error, properties, headers, body)`
 
@@ -50,6 +73,11 @@ func parkSQL(schema string) string {
 	SELECT ` + ownedValues + ` FROM first ON CONFLICT DO NOTHING`
 }
 
+// parkRecordedSQL parks a message that the same transaction has recorded.
+func parkRecordedSQL(schema string) string {
+	return `INSERT INTO ` + table(schema, "inbox_parked") + ` ` + ownedColumns + ` SELECT ` + ownedValues
+}
+
 // parkEndedSQL parks a message whose handler ended the transaction, be it
 // recorded or not, parked (inbox_parked_owned) or not.
 func parkEndedSQL(schema string) string {
@@ -60,11 +88,11 @@ func parkEndedSQL(schema string) string {
 	DO UPDATE SET reason = excluded.reason, due_at = excluded.due_at, last_error = excluded.last_error`
 }
 
-// parkUnusableSQL parks a message that cannot be recorded. The digest of all of
+// parkUnownedSQL parks a message of which there is no record. The digest of all of
 // it makes that idempotent (inbox_parked_unowned).
-func parkUnusableSQL(schema string) string {
-	return `INSERT INTO ` + table(schema, "inbox_parked") + ` (consumer, reason, digest, last_error, properties, headers, body)
-	SELECT $1::text, $2::text, $3::bigint, $4::text, $5::bytea, $6::bytea, $7::bytea FROM ` + durably + `
+func parkUnownedSQL(schema string) string {
+	return `INSERT INTO ` + table(schema, "inbox_parked") + ` (consumer, message_id, reason, digest, last_error, properties, headers, body)
+	SELECT $1::text, $2::text, $3::text, $4::bigint, $5::text, $6::bytea, $7::bytea, $8::bytea FROM ` + durably + `
 	ON CONFLICT DO NOTHING`
 }
 
@@ -83,10 +111,21 @@ func dueSQL(schema string) string {
 // The columns of a message that is parked for its key to wait behind.
 const ofKey = `consumer = $1 AND key = $2 AND reason IN ('retry', 'blocked', 'dead')`
 
-// blockedSQL finds a row if a message of the key is parked (inbox_parked_key).
-// Sent after recordSQL, so that it sees what was committed while that waited.
+// blockedSQL returns those of the keys $2 of which a message is parked
+// (inbox_parked_key). Sent after recordAllSQL, so that it sees what was committed while
+// that waited.
 func blockedSQL(schema string) string {
-	return `SELECT FROM ` + table(schema, "inbox_parked") + ` WHERE ` + ofKey + ` LIMIT 1`
+	return `SELECT key FROM unnest($2::text[]) AS of(key) WHERE EXISTS (
+		SELECT FROM ` + table(schema, "inbox_parked") + ` AS p
+		WHERE p.consumer = $1 AND p.key = of.key AND p.reason IN ('retry', 'blocked', 'dead'))`
+}
+
+// skipBeforeSQL is true if message $2 is recorded (inbox_pkey), or one of key $3 is parked
+// (inbox_parked_key).
+func skipBeforeSQL(schema string) string {
+	return `SELECT EXISTS (SELECT FROM ` + table(schema, "inbox") + ` WHERE consumer = $1 AND message_id = $2)
+	OR EXISTS (SELECT FROM ` + table(schema, "inbox_parked") + ` WHERE consumer = $1 AND key = $3::text
+		AND reason IN ('retry', 'blocked', 'dead'))`
 }
 
 // unblockSQL makes the first parked message of a key due, if it waits for another
@@ -143,15 +182,23 @@ func settleSQL(schema string) string {
 	WHERE id = $1 AND attempts = $2 AND reason = 'retry'`
 }
 
-// pruneSQL examines the next page in the order of inbox_pkey, deletes what is
-// older than $3 seconds and not parked (inbox_parked_owned), and returns where
-// the page ended. Deleting by ctid keeps the plan: rows that one statement sees
-// do not move.
-func pruneSQL(schema string) string {
+// pruneLockSQL takes, until the end of the transaction, what one process may have that
+// prunes the records of a consumer; false if another has it.
+const pruneLockSQL = `SELECT pg_try_advisory_xact_lock(hashtextextended('txbox prune ' || $1::text || ' ' || $2::text, 0))`
+
+// pruneSQL examines the next page in the order of inbox_pkey, of one consumer or of all,
+// deletes what is older than $3 seconds and not parked (inbox_parked_owned), and returns
+// where the page ended. Deleting by ctid keeps the plan: rows that one statement sees do
+// not move.
+func pruneSQL(schema string, only bool) string {
 	inbox, parked := table(schema, "inbox"), table(schema, "inbox_parked")
+	after := `(consumer, message_id) > ($1, $2)`
+	if only {
+		after += ` AND consumer = $5`
+	}
 	return `WITH page AS MATERIALIZED (
 		SELECT ctid, consumer, message_id, received_at FROM ` + inbox + `
-		WHERE (consumer, message_id) > ($1, $2) ORDER BY consumer, message_id LIMIT $4
+		WHERE ` + after + ` ORDER BY consumer, message_id LIMIT $4
 	), pruned AS (
 		DELETE FROM ` + inbox + ` WHERE ctid = ANY (ARRAY(
 			SELECT ctid FROM page

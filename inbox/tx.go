@@ -37,26 +37,19 @@ type statement struct {
 	args []any
 }
 
-// begin begins a transaction and runs the statements in it, in one round trip. It
-// returns how many rows each of them affected or found. The caller rolls back or
-// commits.
-func begin(ctx context.Context, db *pgxpool.Pool, statements ...statement) (pgx.Tx, []int64, error) {
+// begin begins a transaction and runs in it what queue queues, in one round trip. The
+// caller rolls back or commits.
+func begin(ctx context.Context, db *pgxpool.Pool, queue func(*pgx.Batch)) (pgx.Tx, error) {
 	batch := &pgx.Batch{}
 	batch.BeginTx(pgx.TxOptions{})
-	rows := make([]int64, len(statements))
-	for i, s := range statements {
-		batch.Queue(s.sql, s.args...).Exec(func(tag pgconn.CommandTag) error {
-			rows[i] = tag.RowsAffected()
-			return nil
-		})
-	}
+	queue(batch)
 	results := db.SendBatch(ctx, batch)
 	tx := results.Tx()
 	if err := results.Close(); err != nil {
 		rollback(ctx, tx)
-		return nil, nil, err
+		return nil, err
 	}
-	return tx, rows, nil
+	return tx, nil
 }
 
 // rollback gives up what tx did, unless it is over already, and returns its
@@ -119,6 +112,12 @@ func isConflict(err error) bool {
 	code := sqlState(err)
 	return (code == "40001" || code == "40P01") && !errors.Is(err, ErrTxEnded)
 }
+
+// isContested reports whether err says that others want the same rows at the same time.
+func isContested(err error) bool { return isConflict(err) || isLocked(err) }
+
+// isLocked reports whether err says that a lock was not to be had in time.
+func isLocked(err error) bool { return sqlState(err) == "55P03" }
 
 // sound returns err, or another in its place if it panics when it is asked what it
 // is: a nil pointer of an error's type is not nil.

@@ -30,7 +30,7 @@ type demo struct {
 	placed               atomic.Int64
 	faults               faults
 
-	ordersDB, ledgerDB, naiveDB *pgxpool.Pool
+	ordersDB, ledgerDB, receiptsDB, naiveDB *pgxpool.Pool
 }
 
 const settleLimit = 30 * time.Second
@@ -59,7 +59,7 @@ func runDemo(ctx context.Context, args []string) error {
 	if err != nil {
 		return fmt.Errorf("%w\nThe services' logs are in %s", err, d.logs)
 	}
-	fmt.Println("\nEvery order was charged exactly once by the ledger.")
+	fmt.Println("\nEvery order was charged exactly once by the ledger, and has one receipt.")
 	return nil
 }
 
@@ -74,6 +74,7 @@ func (d *demo) run(ctx context.Context) (*result, error) {
 	}
 	defer d.ordersDB.Close()
 	defer d.ledgerDB.Close()
+	defer d.receiptsDB.Close()
 	defer d.naiveDB.Close()
 	if err := d.declare(); err != nil {
 		return nil, err
@@ -123,6 +124,7 @@ func (d *demo) prepare(ctx context.Context) error {
 	}{
 		{"orders", ordersTable, &d.ordersDB},
 		{"ledger", chargesTable, &d.ledgerDB},
+		{"receipts", receiptsTable, &d.receiptsDB},
 		{"naive", chargesTable, &d.naiveDB},
 	} {
 		name := pgx.Identifier{"txbox_demo_" + service.name}.Sanitize()

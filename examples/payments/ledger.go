@@ -8,6 +8,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/txbox/txbox/inbox"
+	"github.com/txbox/txbox/outbox"
 )
 
 // No key on order_id: this table stands for the card, which takes any charge.
@@ -19,10 +20,21 @@ func charge(ctx context.Context, tx pgx.Tx, order Order) error {
 	return err
 }
 
-// runLedger charges once for each message, however often it comes.
+// runLedger charges once for each message, however often it comes, and tells of it: that
+// the message was received, the charge and the next message are one commit.
 func runLedger(ctx context.Context, db *pgxpool.Pool, amqpURL string) error {
-	handler := inbox.JSON(func(ctx context.Context, tx pgx.Tx, _ inbox.Message, order Order) error {
-		return charge(ctx, tx, order)
+	handler := inbox.JSON(func(ctx context.Context, tx pgx.Tx, m inbox.Message, order Order) error {
+		if err := charge(ctx, tx, order); err != nil {
+			return err
+		}
+		return outbox.Write(ctx, tx, outbox.Message{
+			Exchange:   exchange,
+			RoutingKey: "payment.made",
+			Key:        m.Key,
+			Type:       "payment.made",
+			Headers:    map[string]string{traceparent: m.Headers[traceparent]},
+			Payload:    m.Payload,
+		})
 	})
 	consumer, err := inbox.NewConsumer(db, amqpURL, ledgerQueue, handler, inbox.Config{Setup: topology})
 	if err != nil {
@@ -32,10 +44,13 @@ func runLedger(ctx context.Context, db *pgxpool.Pool, amqpURL string) error {
 }
 
 const (
-	exchange    = "txbox-demo"
-	ledgerQueue = "txbox-demo.ledger"
-	naiveQueue  = "txbox-demo.naive"
-	tapQueue    = "txbox-demo.tap" // nobody consumes it: it shows what was on the wire
+	exchange      = "txbox-demo"
+	ledgerQueue   = "txbox-demo.ledger"
+	naiveQueue    = "txbox-demo.naive"
+	receiptsQueue = "txbox-demo.receipts"
+	tapQueue      = "txbox-demo.tap" // nobody consumes it: it shows what was on the wire
+
+	traceparent = "traceparent" // W3C Trace Context
 )
 
 // topology declares what the services need. It is safe to repeat.
@@ -43,11 +58,13 @@ func topology(ch *amqp.Channel) error {
 	if err := ch.ExchangeDeclare(exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
 		return err
 	}
-	for _, queue := range []string{ledgerQueue, naiveQueue, tapQueue} {
+	for queue, routingKey := range map[string]string{
+		ledgerQueue: "order.placed", naiveQueue: "order.placed", tapQueue: "order.placed", receiptsQueue: "payment.made",
+	} {
 		if _, err := ch.QueueDeclare(queue, true, false, false, false, amqp.Table{"x-queue-type": "quorum"}); err != nil {
 			return err
 		}
-		if err := ch.QueueBind(queue, "order.placed", exchange, false, nil); err != nil {
+		if err := ch.QueueBind(queue, routingKey, exchange, false, nil); err != nil {
 			return err
 		}
 	}

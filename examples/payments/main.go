@@ -1,11 +1,13 @@
 // Command payments is a small shop: an order service that saves orders and tells
-// of them, and a ledger service that charges for each order once. Between them
-// stand txbox's outbox, relay and inbox, and RabbitMQ.
+// of them, a ledger service that charges for each order once and tells of that, and a
+// service that sends a receipt for each charge. Between them stand txbox's outbox, relay
+// and inbox, and RabbitMQ.
 //
 //	payments orders   the order service: POST /orders
 //	payments ledger   the ledger: charges with an inbox
+//	payments receipts the receipts: a receipt for each charge, in batches
 //	payments naive    the consumer that everybody writes first: charges without one
-//	payments demo     all of them and a relay, 10,000 orders, and faults
+//	payments demo     all of them and their relays, 10,000 orders, and faults
 //
 // Read orders.go and ledger.go first: they are what a user of txbox writes.
 package main
@@ -35,10 +37,10 @@ func run(ctx context.Context, args []string) error {
 		return runDemo(ctx, args[1:])
 	}
 	service := map[string]func(context.Context, *pgxpool.Pool, string) error{
-		"orders": runOrders, "ledger": runLedger, "naive": runNaive,
+		"orders": runOrders, "ledger": runLedger, "receipts": runReceipts, "naive": runNaive,
 	}
 	if len(args) != 1 || service[args[0]] == nil {
-		return errors.New("usage: payments orders|ledger|naive|demo")
+		return errors.New("usage: payments orders|ledger|receipts|naive|demo")
 	}
 	db, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
 	if err != nil {

@@ -31,7 +31,7 @@ var errDeclined = errors.New("declined: over the credit limit")
 
 // placeOrder saves the order and the message about it, both or neither. It returns
 // the message's ID.
-func placeOrder(ctx context.Context, db *pgxpool.Pool, order Order) (uuid.UUID, error) {
+func placeOrder(ctx context.Context, db *pgxpool.Pool, order Order, trace string) (uuid.UUID, error) {
 	messageID := outbox.NewID()
 	payload, err := json.Marshal(order)
 	if err != nil {
@@ -47,6 +47,7 @@ func placeOrder(ctx context.Context, db *pgxpool.Pool, order Order) (uuid.UUID, 
 			RoutingKey: "order.placed",
 			Key:        order.ID.String(),
 			Type:       "order.placed",
+			Headers:    map[string]string{traceparent: trace},
 			Payload:    payload,
 		})
 		if err != nil {
@@ -71,7 +72,7 @@ func runOrders(ctx context.Context, db *pgxpool.Pool, _ string) error {
 			http.Error(w, "want an id (UUID) and an amount in cents", http.StatusBadRequest)
 			return
 		}
-		messageID, err := placeOrder(r.Context(), db, order)
+		messageID, err := placeOrder(r.Context(), db, order, r.Header.Get(traceparent))
 		var pgErr *pgconn.PgError
 		switch {
 		case err == nil:

@@ -20,13 +20,20 @@ type result struct {
 	declined      []Order               // rolled back
 	wire          map[string][]Order    // by message ID: the payload of each time it was published
 	ledger, naive map[uuid.UUID][]int64 // by order: the amounts charged
-	waiting       int64                 // messages still in the outbox, parked ones included
+	receipts      map[uuid.UUID][]receipt
+	waiting       int64 // messages still in an outbox, parked ones included
+}
+
+type receipt struct {
+	Order  uuid.UUID
+	Amount int64
+	Trace  string
 }
 
 // declare makes the queues anew, so that nothing of an earlier demo is in them.
 func (d *demo) declare() error {
 	return d.withChannel(func(ch *amqp.Channel) error {
-		for _, queue := range []string{ledgerQueue, naiveQueue, tapQueue} {
+		for _, queue := range []string{ledgerQueue, naiveQueue, receiptsQueue, tapQueue} {
 			if _, err := ch.QueueDelete(queue, false, false, false); err != nil {
 				return err
 			}
@@ -75,18 +82,19 @@ func (d *demo) settle(ctx context.Context, services *services) error {
 // awaitConsumed waits until everything is published and consumed, for as long as
 // there is progress.
 func (d *demo) awaitConsumed(ctx context.Context) error {
-	var before, now struct{ unpublished, ready, naive, ledger int64 }
+	var before, now struct{ unpublished, ready, naive, ledger, receipts int64 }
 	for {
 		err := await(ctx, settleLimit, "any progress", func() bool {
 			now.ready, now.unpublished = d.queued(), d.unpublished(ctx)
 			now.naive, now.ledger = count(ctx, d.naiveDB, "charges"), count(ctx, d.ledgerDB, "charges")
+			now.receipts = count(ctx, d.receiptsDB, "receipts")
 			return now != before
 		})
 		if err != nil {
-			return fmt.Errorf("%w; %d messages are not published, %d wait in the queues, the ledger has charged %d of %d orders",
-				err, now.unpublished, now.ready, now.ledger, d.orders)
+			return fmt.Errorf("%w; %d messages are not published, %d wait in the queues, the ledger has charged %d of %d orders, %d have a receipt",
+				err, now.unpublished, now.ready, now.ledger, d.orders, now.receipts)
 		}
-		if now.ready == 0 && now.unpublished == 0 && now.ledger >= int64(d.orders) {
+		if now.ready == 0 && now.unpublished == 0 && now.ledger >= int64(d.orders) && now.receipts >= int64(d.orders) {
 			return nil
 		}
 		before = now
@@ -97,7 +105,7 @@ func (d *demo) awaitConsumed(ctx context.Context) error {
 // not answer.
 func (d *demo) queued() (ready int64) {
 	err := d.withChannel(func(ch *amqp.Channel) error {
-		for _, name := range []string{ledgerQueue, naiveQueue} {
+		for _, name := range []string{ledgerQueue, naiveQueue, receiptsQueue} {
 			queue, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
 			if err != nil {
 				return err
@@ -113,12 +121,15 @@ func (d *demo) queued() (ready int64) {
 }
 
 // unpublished returns -1 if the database does not answer.
-func (d *demo) unpublished(ctx context.Context) int64 {
-	pending, parked := count(ctx, d.ordersDB, "txbox.outbox"), count(ctx, d.ordersDB, "txbox.outbox_parked")
-	if pending < 0 || parked < 0 {
-		return -1
+func (d *demo) unpublished(ctx context.Context) (all int64) {
+	for _, db := range []*pgxpool.Pool{d.ordersDB, d.ledgerDB} {
+		pending, parked := count(ctx, db, "txbox.outbox"), count(ctx, db, "txbox.outbox_parked")
+		if pending < 0 || parked < 0 {
+			return -1
+		}
+		all += pending + parked
 	}
-	return pending + parked
+	return all
 }
 
 func (d *demo) collect(ctx context.Context, declined []Order) (*result, error) {
@@ -138,6 +149,9 @@ func (d *demo) collect(ctx context.Context, declined []Order) (*result, error) {
 		return nil, err
 	}
 	if r.naive, err = charges(ctx, d.naiveDB); err != nil {
+		return nil, err
+	}
+	if r.receipts, err = receipts(ctx, d.receiptsDB); err != nil {
 		return nil, err
 	}
 	err = d.withChannel(func(ch *amqp.Channel) error {
@@ -162,6 +176,22 @@ func charges(ctx context.Context, db *pgxpool.Pool) (map[uuid.UUID][]int64, erro
 	byOrder := make(map[uuid.UUID][]int64, len(list))
 	for _, charge := range list {
 		byOrder[charge.ID] = append(byOrder[charge.ID], charge.Amount)
+	}
+	return byOrder, nil
+}
+
+func receipts(ctx context.Context, db *pgxpool.Pool) (map[uuid.UUID][]receipt, error) {
+	rows, err := db.Query(ctx, "SELECT order_id, amount, traceparent FROM receipts")
+	if err != nil {
+		return nil, err
+	}
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByPos[receipt])
+	if err != nil {
+		return nil, err
+	}
+	byOrder := make(map[uuid.UUID][]receipt, len(list))
+	for _, r := range list {
+		byOrder[r.Order] = append(byOrder[r.Order], r)
 	}
 	return byOrder, nil
 }
@@ -240,13 +270,19 @@ func (r *result) verdict(placed int) error {
 	for _, copies := range r.wire {
 		published[copies[0].ID]++
 	}
-	var unpublished, wrong, unknown, ghosts int
+	var unpublished, wrong, unknown, ghosts, unreceipted, untraced int
 	for id, amount := range r.orders {
 		if published[id] == 0 {
 			unpublished++
 		}
 		if charged := r.ledger[id]; len(charged) > 0 && charged[0] != amount {
 			wrong++
+		}
+		switch sent := r.receipts[id]; {
+		case len(sent) != 1 || sent[0].Amount != amount:
+			unreceipted++
+		case sent[0].Trace != traceOf(id):
+			untraced++
 		}
 	}
 	for id := range r.ledger {
@@ -267,6 +303,8 @@ func (r *result) verdict(placed int) error {
 	check(f.ledgerDoubles, "double charges")
 	check(wrong, "charges of a wrong amount")
 	check(unknown, "charges without an order")
+	check(unreceipted, "orders without exactly one receipt")
+	check(untraced, "receipts without the trace of their order")
 	if broken != nil {
 		return errors.New("BROKEN: " + strings.Join(broken, "; "))
 	}
@@ -290,6 +328,7 @@ func (r *result) table(done *faults, took time.Duration) string {
 		{"ledger with inbox: charges", f.ledger, ""},
 		{"ledger with inbox: double charges", f.ledgerDoubles, ""},
 		{"orders without a charge", f.missed, ""},
+		{"receipts", len(r.receipts), ""},
 		{"relay killed, connections closed, broker restarted", fmt.Sprintf("%d, %d, %d", done.killed, done.closed, done.restarted), ""},
 		{"time", fmt.Sprintf("%.1f s", took.Seconds()), ""},
 	} {

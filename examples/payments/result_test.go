@@ -14,7 +14,7 @@ import (
 func exact(n int) *result {
 	r := &result{
 		orders: map[uuid.UUID]int64{}, wire: map[string][]Order{},
-		ledger: map[uuid.UUID][]int64{}, naive: map[uuid.UUID][]int64{},
+		ledger: map[uuid.UUID][]int64{}, naive: map[uuid.UUID][]int64{}, receipts: map[uuid.UUID][]receipt{},
 		declined: []Order{{ID: number(1000), Amount: creditLimit + 1}},
 	}
 	for i := range n {
@@ -23,6 +23,7 @@ func exact(n int) *result {
 		r.wire[fmt.Sprint("message ", i)] = []Order{order}
 		r.ledger[order.ID] = []int64{order.Amount}
 		r.naive[order.ID] = []int64{order.Amount}
+		r.receipts[order.ID] = []receipt{{order.ID, order.Amount, traceOf(order.ID)}}
 	}
 	first := Order{ID: number(0), Amount: 100}
 	r.wire["message 0"] = append(r.wire["message 0"], first)
@@ -47,6 +48,8 @@ func TestVerdictSeesEveryBreach(t *testing.T) {
 		"1 orders without a charge":                         func(r *result) { delete(r.ledger, id) },
 		"1 double charges":                                  func(r *result) { r.ledger[id] = append(r.ledger[id], 103) },
 		"1 charges of a wrong amount":                       func(r *result) { r.ledger[id] = []int64{104} },
+		"1 orders without exactly one receipt":              func(r *result) { r.receipts[id] = append(r.receipts[id], r.receipts[id][0]) },
+		"1 receipts without the trace of their order":       func(r *result) { r.receipts[id][0].Trace = traceOf(number(4)) },
 		"1 charges without an order":                        func(r *result) { r.ledger[number(1000)] = []int64{1} },
 		"1 messages on the wire that no transaction commit": func(r *result) { r.wire["ghost"] = r.declined },
 		// Two messages about one order are two commits, or an ID that is not stable.
@@ -75,7 +78,7 @@ func TestTableCounts(t *testing.T) {
 	got := strings.Join(strings.Fields(table), " ")
 	want := "orders committed 5 orders rolled back 1 messages on the wire 6 duplicates on the wire 1 0 of them by hand " +
 		"naive consumer: charges 6 naive consumer: double charges 1 ledger with inbox: charges 5 ledger with inbox: double charges 0 " +
-		"orders without a charge 0 relay killed, connections closed, broker restarted 5, 2, 1 time 1.5 s"
+		"orders without a charge 0 receipts 5 relay killed, connections closed, broker restarted 5, 2, 1 time 1.5 s"
 	if got != want {
 		t.Errorf("\n got %s\nwant %s", got, want)
 	}

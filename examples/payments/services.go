@@ -12,13 +12,17 @@ import (
 	"time"
 )
 
-// services are the processes of the demo: three services and two relays.
+// services are the processes of the demo: four services, two relays for the orders and one
+// for the ledger.
 type services struct {
-	demo                  *demo
-	address               string // of the order service
-	orders, ledger, naive *process
-	relays                [2]*process
+	demo                            *demo
+	address                         string // of the order service
+	orders, ledger, receipts, naive *process
+	relays                          [3]*process
 }
+
+// relayOf names the service whose outbox a relay reads.
+var relayOf = [3]string{"orders", "orders", "ledger"}
 
 // process is a child. Its exit is awaited from the start, so that it can be asked
 // for and no child stays behind.
@@ -73,19 +77,22 @@ func (s *services) startConsumers() (err error) {
 	if s.ledger, err = s.service("ledger"); err != nil {
 		return err
 	}
+	if s.receipts, err = s.service("receipts"); err != nil {
+		return err
+	}
 	s.naive, err = s.service("naive")
 	return err
 }
 
 // stopConsumers lets them finish what is in hand.
 func (s *services) stopConsumers() error {
-	return errors.Join(s.ledger.stop(), s.naive.stop())
+	return errors.Join(s.ledger.stop(), s.receipts.stop(), s.naive.stop())
 }
 
 // startRelay sets short times, so that what a fault costs is soon over. With the
 // defaults all would be right too, only later.
 func (s *services) startRelay(i int) (err error) {
-	s.relays[i], err = s.run(fmt.Sprintf("relay-%d", i+1), "orders", s.demo.relayPath,
+	s.relays[i], err = s.run(fmt.Sprintf("relay-%d", i+1), relayOf[i], s.demo.relayPath,
 		"run", "--lease=2s", "--confirm-timeout=2s", "--write-timeout=2s")
 	return err
 }
@@ -99,7 +106,7 @@ func (s *services) stopRelays() (err error) {
 }
 
 func (s *services) all() []*process {
-	return append([]*process{s.naive, s.ledger, s.orders}, s.relays[:]...)
+	return append([]*process{s.naive, s.receipts, s.ledger, s.orders}, s.relays[:]...)
 }
 
 // service runs this program as the service of that name, with its own database.

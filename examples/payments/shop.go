@@ -107,6 +107,7 @@ func (s *shop) post(ctx context.Context, client *http.Client, order Order, want 
 	if err != nil {
 		return "", err
 	}
+	request.Header.Set(traceparent, traceOf(order.ID))
 	response, err := client.Do(request)
 	if err != nil {
 		return "", err
@@ -127,6 +128,9 @@ func (s *shop) post(ctx context.Context, client *http.Client, order Order, want 
 	}
 	return placed.MessageID, json.Unmarshal(answer, &placed)
 }
+
+// traceOf is the trace context with which an order is placed.
+func traceOf(order uuid.UUID) string { return fmt.Sprintf("00-%x-%x-01", order[:], order[:8]) }
 
 // repeatAll is the operator who is not sure whether n messages went out, and
 // publishes them by hand. While the broker is away he tries again.
