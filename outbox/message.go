@@ -23,8 +23,10 @@ type Message struct {
 	RoutingKey string
 	// Key is the order key: messages of one Key are first accepted by the broker
 	// in the order in which they were written, if their writers are serialised
-	// (they lock or update the same aggregate first). "" promises no order. At
-	// most 1,024 bytes.
+	// (they lock or update the same aggregate first). "" promises no order. A Key is
+	// one for the whole outbox, whatever the exchange: put the kind in front, as in
+	// "order-42", or an order and a user of that number hold each other back. At most
+	// 1,024 bytes.
 	Key string
 	// Type names the kind of message for its consumers, such as "order.placed".
 	// At most 255 bytes.

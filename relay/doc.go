@@ -130,10 +130,10 @@
 // Whatever a relay writes about a message depends on its still owning the lane at that
 // epoch; only the deletion of what was confirmed does not.
 //
-// # What it asks of the database
+// # Grants, and what else it asks of the database
 //
 // At most 3 connections, free when it needs them, which may go through a pgbouncer in
-// transaction mode with no setting of its own, and for the role SELECT and DELETE on
+// transaction mode with no setting of its own, and for the role USAGE on the schema, SELECT and DELETE on
 // outbox, all on outbox_parked and outbox_relay, SELECT and UPDATE on outbox_lane, SELECT
 // on txbox_version and on the sequence outbox_id_seq.
 //

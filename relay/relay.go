@@ -83,7 +83,7 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 func (r *Relay) Wake() { notify(r.reader.wake) }
 
 // Run publishes until ctx ends; it returns nil after a clean stop. Outages of
-// database and broker are waited out. While ctx lasts, ErrSchema is the only
+// database and broker are waited out. While ctx lasts, ErrSchema, at the start, is the only
 // error. A Relay runs once.
 //
 // When ctx ends, Run reads nothing more, awaits the broker's answers to what is
