@@ -135,7 +135,11 @@ func (c *channel) limit(f flight) time.Duration {
 		limit = min(limit, max(f.patience, c.relay.slow.patience(f.destination)))
 	}
 	at := c.relay.stalledAt.Load()
-	if alert := at != 0 && since()-at < int64(alertFor); !c.prober && (alert || c.isolated) {
+	switch alert := at != 0 && since()-at < int64(alertFor); {
+	case c.prober:
+	case c.isolated: // what is slow has its time as a suspect
+		limit = min(limit, silentAfter+doubtFor)
+	case alert:
 		limit = min(limit, max(silentAfter, c.relay.slow.patience(f.destination))+doubtFor)
 	}
 	return limit

@@ -83,7 +83,7 @@ func TestParkedRowsThatASnapshotKeepsCostLittle(t *testing.T) {
 		seldom, often []any
 	}{
 		{"due", p.sql.due, []any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, nil, nil},
-			[]any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, dueLately.Seconds()}},
+			[]any{pageBytes, duePerLane, int64(-1), []int64{}, 0.0, nil, nil, dueLately.Seconds(), nil}},
 		{"look", p.sql.drawn, []any{true}, []any{false}},
 		{"page", p.sql.page, []any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, false},
 			[]any{pageBytes, pageRows, int64(-1), int64(1), []string(nil), pageRows, true}},
