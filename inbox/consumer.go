@@ -194,7 +194,7 @@ func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
 	number("Prefetch", &cfg.Prefetch, min(max(100, 2*cfg.Workers*cfg.Batch), math.MaxUint16), math.MaxUint16)
 	number("MaxAttempts", &cfg.MaxAttempts, 10, math.MaxInt32)
 	if cfg.Before != nil && cfg.Batch > 1 {
-		problems = append(problems, errors.New("Before: is not called for batches, Batch must be 1"))
+		problems = append(problems, fieldError("Before", "is not called for batches; Batch must be 1"))
 	}
 	if cfg.Horizon == 0 {
 		cfg.Horizon = 14 * 24 * time.Hour
