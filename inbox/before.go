@@ -16,7 +16,7 @@ func (c *Consumer) prepare(ctx context.Context, m *item) error {
 	err := safely("Before", func() (err error) {
 		m.before, err = c.cfg.Before(beforeCtx, m.message(m.attempt))
 		if err == nil && m.before == nil {
-			err = errors.New("Before returned no context")
+			err = errors.New("no context was returned by Before")
 		}
 		return err
 	})
