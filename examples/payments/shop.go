@@ -146,7 +146,8 @@ func (s *shop) repeatAll(ctx context.Context, n int) error {
 		if err != nil {
 			return err
 		}
-		message := amqp.Publishing{MessageId: r.messageID, Type: "order.placed", ContentType: "application/json", DeliveryMode: amqp.Persistent, Body: payload}
+		message := amqp.Publishing{MessageId: r.messageID, Type: "order.placed", ContentType: "application/json", DeliveryMode: amqp.Persistent, Body: payload,
+			Headers: amqp.Table{traceparent: traceOf(r.order.ID)}}
 		var last error
 		err = await(ctx, settleLimit, "publish by hand", func() bool {
 			last = publish(ctx, s.demo.amqpURL, message)
