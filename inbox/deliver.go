@@ -137,7 +137,7 @@ func mayKill(d *delivery) bool {
 // those after it; by halves if nobody knows whose fault it is.
 func (r *round) settle(items []*item) {
 	items = slices.DeleteFunc(items, r.isLate)
-	if len(items) == 0 {
+	if len(items) == 0 || r.live.Err() != nil { // nothing of a key may follow what was not settled
 		return
 	}
 	result := r.apply(r.ctx, r.live, unit{items: items})
@@ -196,6 +196,9 @@ func (r *round) isLate(m *item) bool {
 
 // settleOne settles a message however long others hold what it needs.
 func (r *round) settleOne(m *item) {
+	if r.live.Err() != nil {
+		return
+	}
 	result := r.apply(r.ctx, r.live, unit{items: []*item{m}, patient: true})
 	switch result.verdict {
 	case applied:
