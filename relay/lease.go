@@ -218,6 +218,9 @@ func (l *leases) adopt(owner uuid.UUID, owned map[int16]int64, sent int64, renew
 	if renewed {
 		l.deadline = sent + int64(l.lease)
 	}
+	if none := [lanes]int64{}; l.epochs == none && len(owned) > 0 && l.draining == [lanes]drain{} {
+		l.log.Info("relay: owns lanes", "lanes", len(owned))
+	}
 	for lane := range l.epochs {
 		epoch := owned[int16(lane)]
 		if epoch != 0 && l.draining[lane].epoch == epoch {

@@ -1,8 +1,11 @@
 package relay
 
 import (
+	"bytes"
 	"context"
+	"log/slog"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/txbox/txbox/internal/testenv"
@@ -101,6 +104,27 @@ func TestLanesEndUpFairlyShared(t *testing.T) {
 				t.Fatalf("round %d: relay %d has %d lanes, by the table %d; not %d", round, i, n, inTable, lanes/len(s.all))
 			}
 		}
+	}
+}
+
+// The log says when a relay owns lanes again, and not at each round.
+func TestLogTellsOfLanesAfterALapse(t *testing.T) {
+	t.Parallel()
+	s := newSharers(t, 1)
+	l, log := s.all[0], &bytes.Buffer{}
+	l.log = slog.New(slog.NewTextHandler(log, nil))
+	for range 2 {
+		s.must(l.once(s.ctx, true))
+		s.must(l.once(s.ctx, true))
+		l.mu.Lock()
+		l.deadline = 1 // long past
+		l.lapse()
+		l.mu.Unlock()
+		_, err := s.db.Exec(s.ctx, "DELETE FROM "+s.db.Table("outbox_relay")) // as when its lease has run out there, too
+		s.must(err)
+	}
+	if text := log.String(); strings.Count(text, "owns lanes") != 2 || strings.Count(text, "all lanes given up") != 2 {
+		t.Errorf("log:\n%s", text)
 	}
 }
 

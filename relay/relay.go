@@ -94,6 +94,15 @@ func (r *Relay) Run(ctx context.Context) error {
 	if r.running.Swap(true) {
 		return errors.New("relay: Run was called twice")
 	}
+	r.cfg.Logger.Info("relay: runs")
+	err := r.run(ctx)
+	if err == nil {
+		r.cfg.Logger.Info("relay: has stopped")
+	}
+	return err
+}
+
+func (r *Relay) run(ctx context.Context) error {
 	if err := r.awaitSchema(ctx); err != nil || ctx.Err() != nil {
 		return err
 	}

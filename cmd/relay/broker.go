@@ -41,13 +41,13 @@ func (f *brokerFlags) publisher(allowPlaintext bool) (publisher relay.Publisher,
 		found.add(mistake("amqp-url", "does not begin with amqps://, so that --amqp-tls-ca, -cert and -key have no effect"))
 	}
 	publisher, err = relay.RabbitMQ(amqpURL, relay.RabbitMQConfig{
-		// Those below zero have been reported.
-		WriteTimeout: max(0, f.WriteTimeout.Duration), ConfirmTimeout: max(0, f.ConfirmTimeout.Duration),
+		WriteTimeout: f.WriteTimeout.allowed(), ConfirmTimeout: f.ConfirmTimeout.allowed(),
 		TLS: tlsConfig, AllowPlaintext: allowPlaintext,
 	})
 	if err != nil {
 		for line := range strings.Lines(strings.TrimPrefix(err.Error(), "relay: ")) {
-			found.add(mistake("amqp-url", "%s", strings.TrimSpace(line)))
+			line = strings.ReplaceAll(strings.TrimSpace(line), "set AllowPlaintext", setting("allow-plaintext"))
+			found.add(mistake("amqp-url", "%s", line))
 		}
 	}
 	return publisher, found

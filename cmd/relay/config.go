@@ -39,6 +39,14 @@ func (d duration) check(flag string, least, most time.Duration) error {
 	return nil
 }
 
+// allowed is the duration, or 0, the default, in place of one that check has refused.
+func (d duration) allowed() time.Duration {
+	if d.Duration < minTimeout || d.Duration > maxTimeout {
+		return 0
+	}
+	return d.Duration
+}
+
 type toggle struct {
 	on  bool
 	raw string // if it is neither true nor false

@@ -88,12 +88,15 @@ func TestEveryMistakeIsNamedAndEndsWith2(t *testing.T) {
 
 func TestAllMistakesAreReportedAtOnce(t *testing.T) {
 	text, code := runProgram(t, []string{"DATABASE_URL=nonsense S3cret", "AMQP_URL=http://u:S3cret@h,amqp://u:S3cret@mq.example", "TXBOX_LEESE=1", "TXBOX_ALLOW_PLAINTEXT=x"},
-		"run", "--lease=1s", "--confirm-timeout=2s", "--retry-for=0s", "--schema=a.b", "--log-level=x", "--leese", "1s", "--log-format=x",
+		"run", "--lease=1s", "--confirm-timeout=99h", "--retry-for=0s", "--schema=a.b", "--log-level=x", "--leese", "1s", "--log-format=x",
 		"--amqp-tls-ca=/nowhere", "--write-timeout=x", "--idle-interval=x", "--stop-timeout=x", "--bogus", "--name="+strings.Repeat("x", 256))
 	if code != 2 || strings.Contains(text, "S3cret") {
 		t.Errorf("exit code %d:\n%s", code, text)
 	}
-	for _, want := range []string{"--database-url", "AMQP URL 1", "AMQP URL 2", "$TXBOX_LEESE", "--leese", "--bogus", "--allow-plaintext", "--lease ", "--retry-for",
+	if strings.Contains(text, "AllowPlaintext") || strings.Contains(text, "ConfirmTimeout") {
+		t.Errorf("names of the library in:\n%s", text)
+	}
+	for _, want := range []string{"--database-url", "AMQP URL 1", "AMQP URL 2", "$TXBOX_LEESE", "--leese", "--bogus", "--allow-plaintext", "--lease ", "--confirm-timeout", "--retry-for",
 		"--schema", "--log-level", "--log-format", "--amqp-tls-ca", "--write-timeout", "--idle-interval", "--stop-timeout", "--name"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%s is not in:\n%s", want, text)

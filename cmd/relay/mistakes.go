@@ -28,7 +28,7 @@ func wrongUsage(found mistakes) error {
 	if len(found) == 0 {
 		return nil
 	}
-	return usageError{fmt.Errorf("wrong flags or variables:\n%w", errors.Join(found...))}
+	return usageError{fmt.Errorf("wrong arguments or variables:\n%w", errors.Join(found...))}
 }
 
 // setting names a flag and the variable that stands for it.

@@ -55,12 +55,7 @@ func (c *runCommand) Run(ctx context.Context, found mistakes) error {
 	if err != nil {
 		return wrongUsage(mistakes{err})
 	}
-	log.Info("relay runs", "schema", c.Schema)
-	if err := r.Run(ctx); err != nil {
-		return err
-	}
-	log.Info("relay has stopped")
-	return nil
+	return r.Run(ctx)
 }
 
 // closePool says goodbye to the database, but does not wait for one that hangs:

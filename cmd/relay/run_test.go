@@ -58,7 +58,7 @@ func TestRunPublishesAndASignalEndsItWith0(t *testing.T) {
 		testenv.Eventually(t, 20*time.Second, "the message is published", func() bool { return messages() == before+1 })
 		relay.signal(t, sig)
 		relay.signal(t, sig) // as timeout(1) does: still the first
-		if code := relay.exit(t); code != 0 || !strings.Contains(relay.output.String(), "relay has stopped") {
+		if code := relay.exit(t); code != 0 || !strings.Contains(relay.output.String(), "relay: has stopped") {
 			t.Errorf("%s: exit code %d:\n%s", sig, code, relay.output)
 		}
 		for line := range strings.Lines(relay.output.String()) {

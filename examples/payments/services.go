@@ -93,7 +93,7 @@ func (s *services) stopConsumers() error {
 // defaults all would be right too, only later.
 func (s *services) startRelay(i int) (err error) {
 	s.relays[i], err = s.run(fmt.Sprintf("relay-%d", i+1), relayOf[i], s.demo.relayPath,
-		"run", "--lease=2s", "--confirm-timeout=2s", "--write-timeout=2s")
+		"run", "--lease=4s", "--confirm-timeout=4s", "--write-timeout=4s")
 	return err
 }
 
