@@ -40,6 +40,7 @@ var scenarios = []struct {
 	{"idle", idle},
 	{"takeover", takeover},
 	{"inbox", consume},
+	{"prune", prune},
 }
 
 func main() {

@@ -98,9 +98,9 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	tx, err := begin(callCtx, c.db, func(b *pgx.Batch) {
-		b.Queue(settingsSQL, c.settings(u.lockTimeout())...)
+		b.Queue(settingsSQL, c.settings(u.claimLockTimeout())...)
 		c.claim(b, u, &r.xid)
-		b.Queue(lockTimeoutSQL, milliseconds(lockTimeout))
+		b.Queue(lockTimeoutSQL, milliseconds(u.handlerLockTimeout()))
 	})
 	c.reportDatabase(ctx, err)
 	if err != nil {
@@ -219,14 +219,15 @@ const (
 	// lockTimeout is shorter than callTimeout, so that a twin that holds the ID costs
 	// a statement and not a connection.
 	lockTimeout = callTimeout / 2
-	// A batch waits less for an ID that another transaction holds, and its parts do when
-	// it did so in vain: one of them may go on.
-	batchLockTimeout = time.Second
+	// A batch waits less for what another transaction holds, and its parts even less for an
+	// ID when it did so in vain: one of them may go on. Two batches that wait for each other
+	// end sooner than by PostgreSQL's deadlock_timeout, a second.
+	batchLockTimeout = 200 * time.Millisecond
 	partLockTimeout  = 20 * time.Millisecond
 )
 
-// lockTimeout is how long the claim waits for an ID that another transaction holds.
-func (u unit) lockTimeout() time.Duration {
+// claimLockTimeout is how long the claim waits for an ID that another transaction holds.
+func (u unit) claimLockTimeout() time.Duration {
 	switch {
 	case u.patient:
 		return lockTimeout
@@ -234,6 +235,14 @@ func (u unit) lockTimeout() time.Duration {
 		return partLockTimeout
 	}
 	return batchLockTimeout
+}
+
+// handlerLockTimeout is how long a handler waits for rows that another transaction holds.
+func (u unit) handlerLockTimeout() time.Duration {
+	if len(u.items) > 1 {
+		return batchLockTimeout
+	}
+	return lockTimeout
 }
 
 func (c *Consumer) settings(claimTimeout time.Duration) []any {

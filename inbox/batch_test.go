@@ -3,7 +3,6 @@ package inbox_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"sync"
@@ -149,43 +148,6 @@ func TestBatchLosesNothingToAHandlerThatEndsTheTransaction(t *testing.T) {
 	}
 }
 
-// Consumers that update the same few rows in any order get through, without an attempt
-// spent.
-func TestBatchesOverTheSameRowsGetThrough(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	b.exec(t, "CREATE TABLE "+b.Table("hot")+" (id integer PRIMARY KEY, n integer NOT NULL)")
-	b.exec(t, "INSERT INTO "+b.Table("hot")+" SELECT g, 0 FROM generate_series(0, 49) AS g")
-	const n = 2000
-	b.publish(t, numbered(n)...)
-	var all []*running
-	for range 2 {
-		cfg := b.config(t)
-		cfg.Batch, cfg.Workers, cfg.Prefetch = 50, 2, 200
-		all = append(all, b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
-			i, err := strconv.Atoi(m.ID)
-			if err == nil {
-				_, err = tx.Exec(ctx, "UPDATE "+b.Table("hot")+" SET n = n + 1 WHERE id = $1", i*7919%50)
-			}
-			return err
-		}, cfg))
-	}
-	testenv.Eventually(t, 2*testLimit, "all applied", func() bool {
-		return all[0].Stats().Applied+all[1].Stats().Applied == n
-	})
-	for _, c := range all {
-		c.stop()
-		if s := c.Stats(); s.Failures != 0 {
-			t.Errorf("%+v", s)
-		}
-	}
-	var sum int
-	if err := b.QueryRow(b.ctx, "SELECT sum(n) FROM "+b.Table("hot")).Scan(&sum); err != nil || sum != n {
-		t.Errorf("%d effects of %d messages: %v", sum, n, err)
-	}
-	b.wantReady(t, 0)
-}
-
 // The ID of one message is held by somebody else's transaction. The others of the batch do
 // not wait for it.
 func TestBatchWaitsForNoIDThatAnotherHolds(t *testing.T) {
@@ -241,131 +203,4 @@ func TestBatchesHaveOneEffectPerMessageWhileConnectionsAreCut(t *testing.T) {
 	b.wantReady(t, 0)
 	c.stop()
 	b.wantOneEffectEach(t, n)
-}
-
-func TestBeforeRunsOutsideTheTransactionAndItsResultReachesTheHandler(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	type receipt struct{}
-	var calls atomic.Int64
-	cfg := b.config(t)
-	cfg.Before = func(ctx context.Context, m inbox.Message) (context.Context, error) {
-		if n := b.count(t, "inbox", "message_id = $1", m.ID); n != 0 && m.Attempt == 1 {
-			return nil, errors.New("it is recorded already")
-		}
-		switch call := calls.Add(1); {
-		case m.ID == "1" && m.Attempt == 1:
-			return nil, errTest
-		case m.ID == "2" && m.Attempt == 1:
-			panic("two")
-		default:
-			return context.WithValue(ctx, receipt{}, fmt.Sprint(m.ID, " paid, call ", call > 0)), nil
-		}
-	}
-	b.publish(t, numbered(3)...)
-	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
-		if got := ctx.Value(receipt{}); got != fmt.Sprint(m.ID, " paid, call ", true) {
-			return inbox.Reject(fmt.Errorf("the receipt is %v", got))
-		}
-		return b.apply(ctx, tx, m)
-	}, cfg)
-	c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == 3 && s.Failures == 2 })
-	before := calls.Load()
-	b.publish(t, numbered(3)...)
-	c.waitFor(t, "duplicates dropped", func(s inbox.Stats) bool { return s.Duplicates == 3 })
-	if calls.Load() != before {
-		t.Error("Before was called for a duplicate")
-	}
-	c.stop()
-	b.wantOneEffectEach(t, 3)
-}
-
-func TestMessagesBeyondTheHorizonAreParked(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	old, young := time.Now().Add(-2*time.Hour), time.Now().Add(-30*time.Minute)
-	b.publish(t, amqp.Publishing{MessageId: "old", Timestamp: old}, amqp.Publishing{MessageId: "old", Timestamp: old},
-		amqp.Publishing{MessageId: "young", Timestamp: young}, amqp.Publishing{MessageId: "neither"})
-	cfg := b.config(t)
-	cfg.Horizon = time.Hour
-	c := b.run(t, b.Pool, testenv.AMQPURL(t), b.apply, cfg)
-	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 2 && s.Parked["too_old"] == 1 })
-	c.stop()
-	b.wantReady(t, 0)
-	b.want(t, "old", 0, 0)
-	if n := b.count(t, "inbox_parked", "reason = 'too_old' AND message_id = 'old'"); n != 1 {
-		t.Errorf("%d parked", n)
-	}
-}
-
-func TestAnIDThatComesWithAnotherBodyIsParked(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	for _, body := range []string{"a", "a", "b", "b"} {
-		b.publish(t, amqp.Publishing{MessageId: "m", Body: []byte(body)})
-	}
-	c := b.start(t, b.apply)
-	c.waitFor(t, "settled", func(s inbox.Stats) bool {
-		return s.Applied == 1 && s.Duplicates == 1 && s.Parked["id_conflict"] == 1
-	})
-	b.wantReady(t, 0)
-	c.stop()
-	b.want(t, "m", 1, 1)
-	if n := b.count(t, "inbox_parked", "reason = 'id_conflict' AND message_id = 'm' AND body = 'b'"); n != 1 {
-		t.Errorf("%d parked", n)
-	}
-}
-
-func TestOneNameOnTwoQueuesIsRefused(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	first := b.start(t, b.apply)
-	first.waitReady(t)
-	other, err := inbox.NewConsumer(b.Pool, testenv.AMQPURL(t), b.queue+"_other", b.apply, b.config(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := other.Run(b.ctx); err == nil {
-		t.Error("it runs")
-	}
-	first.stop()
-	ctx, cancel := context.WithCancel(b.ctx)
-	cancel()
-	if err := other.Run(ctx); err != nil {
-		t.Errorf("after the first has ended: %v", err)
-	}
-}
-
-// What comes back from a classic queue, or many times from a quorum queue, is handled from
-// the table, where its attempts are counted.
-func TestWhatMayHaveKilledAProcessIsCounted(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	b.publish(t, numbered(5)...)
-	for range 4 { // it is given back, as when a process dies
-		var all []amqp.Delivery
-		testenv.Eventually(t, testLimit, "all are to be had", func() bool {
-			d, ok, err := b.Get(b.queue, false)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if ok {
-				all = append(all, d)
-			}
-			return len(all) == 5
-		})
-		for _, d := range all {
-			if err := d.Nack(false, true); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	c := b.start(t, b.apply)
-	c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == 5 })
-	if s := c.Stats(); s.Parked["retry"] != 5 || s.Failures != 0 {
-		t.Errorf("%+v", s)
-	}
-	c.stop()
-	b.wantReady(t, 0)
-	b.wantOneEffectEach(t, 5)
 }

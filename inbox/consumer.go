@@ -95,7 +95,7 @@ type Consumer struct {
 	// messages whose key is that worker's, and a last one for messages without a
 	// key, from which all take. Each has room for all that RabbitMQ sends ahead.
 	queues []chan *delivery
-	batch  atomic.Int32  // messages that are put into one transaction
+	batch  batchSize
 	due    chan int64    // parked messages to handle again
 	wake   chan struct{} // one more message is parked
 
@@ -144,7 +144,7 @@ func NewConsumer(db *pgxpool.Pool, amqpURL, queue string, h Handler, cfg Config)
 	for _, reason := range []string{reasonRetry, reasonBlocked, reasonDead, reasonMissingID, reasonBadID, reasonConflict, reasonTooOld} {
 		c.stats.Parked[reason] = 0
 	}
-	c.batch.Store(int32(cfg.Batch))
+	c.batch.now, c.batch.most = cfg.Batch, cfg.Batch
 	for i := range c.queues {
 		c.queues[i] = make(chan *delivery, cfg.Prefetch)
 	}

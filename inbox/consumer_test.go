@@ -31,13 +31,13 @@ type broker struct {
 
 func setupBroker(t *testing.T) *broker {
 	t.Helper()
-	return setupBrokerOf(t, setup(t))
+	return setupBrokerOf(t, setup(t), testenv.AMQPURL(t))
 }
 
-func setupBrokerOf(t *testing.T, e *env) *broker {
+func setupBrokerOf(t *testing.T, e *env, amqpURL string) *broker {
 	t.Helper()
 	b := &broker{env: e, queue: testenv.Name(t)}
-	conn, err := amqp.Dial(testenv.AMQPURL(t))
+	conn, err := amqp.Dial(amqpURL)
 	if err != nil {
 		t.Fatal(err)
 	}

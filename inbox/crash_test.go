@@ -45,7 +45,7 @@ func TestADeliveryWhoseAckWasLostIsADuplicate(t *testing.T) {
 func TestADatabaseKilledWhileAMessageIsHandledLosesNothing(t *testing.T) {
 	t.Parallel()
 	postgres := serverstest.Postgres(t)
-	b := setupBrokerOf(t, setupAt(t, postgres.URL()))
+	b := setupBrokerOf(t, setupAt(t, postgres.URL()), testenv.AMQPURL(t))
 	b.publish(t, numbered(3)...)
 	cfg := b.config(t)
 	cfg.Workers = 1
@@ -177,4 +177,38 @@ func TestAConsumerThatIsKilledLeavesItsMessagesToTheNext(t *testing.T) {
 	c.stop()
 	b.wantReady(t, 0)
 	b.wantOneEffectEach(t, n)
+}
+
+// What comes back from a classic queue, or many times from a quorum queue, is handled from
+// the table, where its attempts are counted.
+func TestWhatMayHaveKilledAProcessIsCounted(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	b.publish(t, numbered(5)...)
+	for range 4 { // it is given back, as when a process dies
+		var all []amqp.Delivery
+		testenv.Eventually(t, testLimit, "all are to be had", func() bool {
+			d, ok, err := b.Get(b.queue, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if ok {
+				all = append(all, d)
+			}
+			return len(all) == 5
+		})
+		for _, d := range all {
+			if err := d.Nack(false, true); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	c := b.start(t, b.apply)
+	c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == 5 })
+	if s := c.Stats(); s.Parked["retry"] != 5 || s.Failures != 0 {
+		t.Errorf("%+v", s)
+	}
+	c.stop()
+	b.wantReady(t, 0)
+	b.wantOneEffectEach(t, 5)
 }

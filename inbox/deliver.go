@@ -32,7 +32,7 @@ func (c *Consumer) work(ctx, workCtx context.Context, own <-chan *delivery) {
 // gather returns d and what else has been delivered, up to a batch. It does not wait.
 func (c *Consumer) gather(d *delivery, queues ...<-chan *delivery) []*delivery {
 	all := []*delivery{d}
-	limit := int(c.batch.Load())
+	limit := c.batch.get()
 	for _, queue := range queues {
 		for more := true; more && len(all) < limit; {
 			select {
@@ -44,16 +44,6 @@ func (c *Consumer) gather(d *delivery, queues ...<-chan *delivery) []*delivery {
 		}
 	}
 	return all
-}
-
-// shrinkBatch halves what is put into one transaction, since others want the same rows;
-// growBatch lets it grow again, slowly.
-func (c *Consumer) shrinkBatch() { c.batch.Store(max(1, c.batch.Load()/2)) }
-
-func (c *Consumer) growBatch() {
-	if n := c.batch.Load(); int(n) < c.cfg.Batch {
-		c.batch.CompareAndSwap(n, n+1)
-	}
 }
 
 // deliver sees to it that deliveries are recorded with their effects, or parked, and
@@ -144,13 +134,11 @@ func (r *round) settle(items []*item) {
 	at := result.culprit
 	switch {
 	case result.verdict == applied:
-		if len(items) == int(r.batch.Load()) {
-			r.growBatch()
-		}
+		r.batch.grow(len(items))
 		r.recorded(r.ctx, r.live, items, result.unknown)
 	case result.verdict == stopped:
 	case result.verdict == contested:
-		r.shrinkBatch()
+		r.batch.shrink(len(items))
 		for _, m := range items {
 			m.contested = true
 		}

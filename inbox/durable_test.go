@@ -27,7 +27,7 @@ func TestWhatWasAcknowledgedOutlivesACrashWithoutSynchronousCommit(t *testing.T)
 		var value string
 		return e.QueryRow(e.ctx, "SHOW synchronous_commit").Scan(&value) == nil && value == "off"
 	})
-	b := setupBrokerOf(t, e)
+	b := setupBrokerOf(t, e, testenv.AMQPURL(t))
 	const n = 50
 	b.publish(t, numbered(n)...)
 	noID := numbered(1)[0]

@@ -2,6 +2,7 @@ package inbox_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"log"
 	"net/http"
@@ -80,4 +81,51 @@ func ExampleHandle() {
 			http.Error(w, "try again", http.StatusServiceUnavailable)
 		}
 	})
+}
+
+// A record of Kafka, with any client. Its place in the log is its ID; where the producer has
+// put one into a header, take that: a producer that sends again gives the copy a place of its
+// own.
+func ExampleHandle_kafka() {
+	type record struct { // as kgo.Record has it
+		Topic     string
+		Partition int32
+		Offset    int64
+		Value     []byte
+	}
+	var commitOffset func(context.Context, record) error
+
+	consume := func(ctx context.Context, r record) error {
+		id := fmt.Sprintf("%s/%d/%d", r.Topic, r.Partition, r.Offset)
+		_, err := inbox.Handle(ctx, db, "ledger", id, func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, "INSERT INTO events (payload) VALUES ($1)", r.Value)
+			return err
+		})
+		if err != nil {
+			return err // poll it again: what is not committed comes again
+		}
+		return commitOffset(ctx, r) // first or duplicate
+	}
+	_ = consume
+}
+
+// A message of SQS, which comes again until it is deleted. A FIFO queue's producer sets a
+// deduplication ID, which outlives the producer's own retries and is the better one.
+func ExampleHandle_sqs() {
+	type message struct { // as types.Message has it
+		MessageId, Body, ReceiptHandle string
+	}
+	var deleteMessage func(ctx context.Context, receiptHandle string) error
+
+	consume := func(ctx context.Context, m message) error {
+		_, err := inbox.Handle(ctx, db, "ledger", m.MessageId, func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, "INSERT INTO events (payload) VALUES ($1)", m.Body)
+			return err
+		})
+		if err != nil {
+			return err // it is visible again after the visibility timeout
+		}
+		return deleteMessage(ctx, m.ReceiptHandle) // first or duplicate
+	}
+	_ = consume
 }

@@ -44,7 +44,8 @@ type Message struct {
 //
 // ctx ends after Config.Timeout, or when the consumer stops. A Handler must then
 // return; nothing in Go can stop one that does not, and its worker waits for it.
-// In tx a lock is awaited for 5 s at most.
+// In tx a lock is awaited for 5 s at most; in a batch for 0.2 s, after which it is handled in
+// smaller ones and at last alone.
 type Handler func(ctx context.Context, tx pgx.Tx, m Message) error
 
 // JSON makes a Handler of a function that takes the payload decoded from JSON. A

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"runtime"
-	"slices"
 	"testing"
 	"time"
 
@@ -77,15 +76,8 @@ func TestStoppingTheActiveConsumerKeepsTheOrderOfEffects(t *testing.T) {
 		second.waitReady(t)
 		first.stop()
 		testenv.Eventually(t, time.Minute, "all are applied", func() bool { return b.count(t, "effects", "true") >= n })
-		rows, err := b.Query(b.ctx, "SELECT message_id::int FROM "+b.Table("effects")+" ORDER BY ctid")
-		if err != nil {
-			t.Fatal(err)
-		}
-		order, err := pgx.CollectRows(rows, pgx.RowTo[int])
-		if err != nil || len(order) != n || !slices.IsSorted(order) {
-			t.Errorf("%s: %v, %d effects in the order %v", kind, err, len(order), order)
-		}
 		second.stop()
+		b.wantEffectsInOrder(t, n)
 	}
 }
 

@@ -155,7 +155,7 @@ func (c *Consumer) parkUnowned(m *item, reason string, err error) {
 }
 
 // unblock makes the next parked message of e's key due after an earlier one is
-// gone. If that fails, watchDue finds it.
+// gone, if it is not, and has watchDue look for it. If that fails, watchDue finds it later.
 func (c *Consumer) unblock(live context.Context, e envelope) {
 	key := e.storableKey()
 	if key == nil {
@@ -163,11 +163,9 @@ func (c *Consumer) unblock(live context.Context, e envelope) {
 	}
 	ctx, cancel := context.WithTimeout(live, callTimeout)
 	defer cancel()
-	tag, err := c.db.Exec(ctx, unblockSQL(c.cfg.Schema), c.cfg.Name, *key)
+	_, err := c.db.Exec(ctx, unblockSQL(c.cfg.Schema), c.cfg.Name, *key)
 	c.reportDatabase(live, err)
-	if tag.RowsAffected() > 0 {
-		c.wakeUp()
-	}
+	c.wakeUp()
 }
 
 // parked counts a message that was parked.

@@ -40,8 +40,8 @@ func RecordSQL(ctx context.Context, tx *sql.Tx, consumer, messageID string) (fir
 // forgot. A message that is delivered after it was forgotten takes effect again,
 // so keep them longer than any message can wait in a queue or be sent again.
 //
-// It works in transactions of about a thousand rows and may run beside live
-// traffic and other Prunes. When it fails or ctx ends, what is done stays done and
+// It works in transactions of about a thousand rows, with pauses between them, and may run
+// beside live traffic and other Prunes. When it fails or ctx ends, what is done stays done and
 // is counted. An olderThan that is not positive is refused.
 func Prune(ctx context.Context, db *pgxpool.Pool, olderThan time.Duration) (int64, error) {
 	return Recorder{}.Prune(ctx, db, olderThan)
@@ -100,15 +100,11 @@ func (r Recorder) Prune(ctx context.Context, db *pgxpool.Pool, olderThan time.Du
 	case olderThan <= 0:
 		return 0, fmt.Errorf("inbox: olderThan: %s is not positive", olderThan)
 	}
-	page := pruner{schema: schema, olderThan: olderThan}
-	for more := true; more; {
-		var pruned int64
-		if pruned, more, err = page.next(ctx, db); err != nil {
-			return total, fmt.Errorf("inbox: prune: %w", err)
-		}
-		total += pruned
+	records := pruner{schema: schema, olderThan: olderThan}
+	if err = records.run(ctx, db, func(pruned int64, _ error) { total += pruned }); err != nil {
+		err = fmt.Errorf("inbox: prune: %w", err)
 	}
-	return total, nil
+	return total, err
 }
 
 const (

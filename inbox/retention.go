@@ -29,18 +29,11 @@ func (c *Consumer) pruneOld(ctx context.Context) {
 
 // pruneOnce goes once through the records; what it cannot do the next one does.
 func (c *Consumer) pruneOnce(ctx context.Context) {
-	page := pruner{schema: c.cfg.Schema, olderThan: c.cfg.Horizon + pruneAfter, only: c.cfg.Name}
-	for {
-		began := time.Now()
-		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
-		pruned, more, err := page.next(callCtx, c.db)
-		cancel()
+	records := pruner{schema: c.cfg.Schema, olderThan: c.cfg.Horizon + pruneAfter, only: c.cfg.Name}
+	_ = records.run(ctx, c.db, func(pruned int64, err error) {
 		c.reportDatabase(ctx, err)
 		c.count(func(s *Stats) { s.Pruned += uint64(pruned) })
-		if err != nil || !more || !sleep(ctx, prunePause*time.Since(began)) {
-			return
-		}
-	}
+	})
 }
 
 // pruner goes through the records page by page.
@@ -49,6 +42,24 @@ type pruner struct {
 	olderThan           time.Duration
 	only                string // this consumer's; "": all
 	consumer, messageID string // where the last page ended
+}
+
+// run goes through them at a pace that leaves the database to others, and tells what came
+// of each page.
+func (p *pruner) run(ctx context.Context, db pgxBeginner, tell func(pruned int64, err error)) error {
+	for {
+		began := time.Now()
+		callCtx, cancel := context.WithTimeout(ctx, callTimeout)
+		pruned, more, err := p.next(callCtx, db)
+		cancel()
+		tell(pruned, err)
+		if err != nil || !more {
+			return err
+		}
+		if !sleep(ctx, prunePause*time.Since(began)) {
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // prunePage keeps one transaction well below 100 ms.
