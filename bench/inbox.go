@@ -47,15 +47,16 @@ func consume(ctx context.Context, b *bench) ([]Result, error) {
 	} {
 		var rounds []Round
 		for range b.rounds {
-			ours, err := p.consumed(ctx, c.n, c.batch, c.dup)
+			ours, used, err := p.consumed(ctx, c.n, c.batch, c.dup)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", c.metric, err)
 			}
-			limit, err := p.consumedWithout(ctx, inboxMessages, c.dup)
+			b.say("%s: ours %.0f/s; %s", c.metric, ours, used)
+			limit, used, err := p.consumedWithout(ctx, inboxMessages, c.dup)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", c.metric, err)
 			}
-			b.say("%s: ours %.0f/s, without an inbox %.0f/s", c.metric, ours, limit)
+			b.say("%s: without an inbox %.0f/s; %s", c.metric, limit, used)
 			rounds = append(rounds, Round{Value: ours, Limit: limit, Ratio: ours / limit})
 		}
 		results = append(results, sideBySide(c.metric, "msg/s", c.target, rounds))
@@ -117,15 +118,15 @@ func (p *place) pool(ctx context.Context) (*pgxpool.Pool, error) {
 	return pgxpool.NewWithConfig(ctx, cfg)
 }
 
-// consumed returns how many deliveries a second our consumer settles.
-func (p *place) consumed(ctx context.Context, n, batch int, dup bool) (float64, error) {
+// consumed returns how many deliveries a second our consumer settles, and the processor time.
+func (p *place) consumed(ctx context.Context, n, batch int, dup bool) (rate float64, used string, err error) {
 	queue, err := p.filled(ctx, "ours", n, dup)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	db, err := p.pool(ctx)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	defer db.Close()
 	effect := p.effectSQL()
@@ -134,50 +135,51 @@ func (p *place) consumed(ctx context.Context, n, batch int, dup bool) (float64, 
 		return err
 	}, inbox.Config{Schema: p.schema, Name: "bench", Workers: inboxWorkers, Batch: batch, Prefetch: 2 * inboxWorkers * max(batch, 25), Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	ctx, stop := context.WithCancel(ctx)
 	done := make(chan error, 1)
-	began := time.Now()
+	before, began := readCPU(), time.Now()
 	go func() { done <- c.Run(ctx) }()
 	err = until(ctx, 5*time.Minute, "all settled", func() (bool, error) {
 		s := c.Stats()
 		return s.Applied+s.Duplicates >= uint64(n), nil
 	})
 	took := time.Since(began)
+	used = readCPU().since(before, n)
 	stop()
 	if ended := <-done; err == nil {
 		err = ended
 	}
-	return float64(n) / took.Seconds(), err
+	return float64(n) / took.Seconds(), used, err
 }
 
 func (p *place) effectSQL() string { return "INSERT INTO " + p.table("effects") + " VALUES ($1, 1)" }
 
 // consumedWithout is the consumer that everybody writes first: as many workers, a
 // transaction and an ack for each delivery, no record. A duplicate has another effect.
-func (p *place) consumedWithout(ctx context.Context, n int, dup bool) (float64, error) {
+func (p *place) consumedWithout(ctx context.Context, n int, dup bool) (rate float64, used string, err error) {
 	queue, err := p.filled(ctx, "limit", n, dup)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	db, err := p.pool(ctx)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	defer db.Close()
 	ch, err := p.conn.Channel()
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	defer ch.Close()
 	if err := ch.Qos(2*inboxWorkers*25, 0, false); err != nil {
-		return 0, err
+		return 0, "", err
 	}
-	began := time.Now()
+	before, began := readCPU(), time.Now()
 	deliveries, err := ch.Consume(queue, "", false, false, false, false, nil)
 	if err != nil {
-		return 0, err
+		return 0, "", err
 	}
 	effect := p.effectSQL()
 	failed := make(chan error, inboxWorkers)
@@ -208,5 +210,5 @@ func (p *place) consumedWithout(ctx context.Context, n int, dup bool) (float64, 
 			return settled.Load() >= int64(n), nil
 		}
 	})
-	return float64(n) / time.Since(began).Seconds(), err
+	return float64(n) / time.Since(began).Seconds(), readCPU().since(before, n), err
 }

@@ -98,9 +98,14 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	tx, err := begin(callCtx, c.db, func(b *pgx.Batch) {
-		b.Queue(settingsSQL, c.settings(u.claimLockTimeout())...)
-		c.claim(b, u, &r.xid)
-		b.Queue(lockTimeoutSQL, milliseconds(u.handlerLockTimeout()))
+		if u.unpark != nil {
+			c.claimParkedRow(b, u)
+		} else {
+			c.claim(b, u, &r.xid)
+		}
+		if later := u.handlerLockTimeout(); later != u.claimLockTimeout() {
+			b.Queue(lockTimeoutSQL, milliseconds(later))
+		}
 	})
 	c.reportDatabase(ctx, err)
 	if err != nil {
@@ -129,31 +134,33 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	return r
 }
 
+// claimParkedRow queues the statements that tell whether a parked message is ours.
+func (c *Consumer) claimParkedRow(b *pgx.Batch, u unit) {
+	m := u.items[0]
+	m.fate = taken
+	b.Queue("SELECT "+limits("$1", "$2", "$3"), c.limits(u)...)
+	b.Queue(u.unpark.sql, u.unpark.args...).Exec(func(tag pgconn.CommandTag) error {
+		if tag.RowsAffected() == 1 {
+			m.fate = handled
+		}
+		return nil
+	})
+}
+
 // claim queues the statements that tell the fate of each message, and record those that
 // are ours.
 func (c *Consumer) claim(b *pgx.Batch, u unit, xid *uint32) {
-	for _, m := range u.items {
-		m.fate = taken
-	}
-	if u.unpark != nil {
-		b.Queue(u.unpark.sql, u.unpark.args...).Exec(func(tag pgconn.CommandTag) error {
-			if tag.RowsAffected() == 1 {
-				u.items[0].fate = handled
-			}
-			return nil
-		})
-		return
-	}
 	byID, byKey := make(map[string]*item, len(u.items)), make(map[string][]*item)
 	ids, digests := make([]string, len(u.items)), make([]int64, len(u.items))
 	for i, m := range u.items {
-		byID[m.id()] = m
+		m.fate, byID[m.id()] = taken, m
 		ids[i], digests[i] = m.id(), m.digest()
 		if key := m.storableKey(); key != nil {
 			byKey[*key] = append(byKey[*key], m)
 		}
 	}
-	b.Queue(recordAllSQL(c.cfg.Schema), c.cfg.Name, ids, digests).Query(func(rows pgx.Rows) error {
+	args := append([]any{c.cfg.Name, ids, digests}, c.limits(u)...)
+	b.Queue(recordAllSQL(c.cfg.Schema), args...).Query(func(rows pgx.Rows) error {
 		var id string
 		var txid int64
 		_, err := pgx.ForEachRow(rows, []any{&id, &txid}, func() error {
@@ -245,8 +252,9 @@ func (u unit) handlerLockTimeout() time.Duration {
 	return lockTimeout
 }
 
-func (c *Consumer) settings(claimTimeout time.Duration) []any {
-	return []any{milliseconds(claimTimeout), milliseconds(c.cfg.Timeout + callTimeout), milliseconds(callTimeout)}
+// limits are the arguments of the SQL of that name.
+func (c *Consumer) limits(u unit) []any {
+	return []any{milliseconds(u.claimLockTimeout()), milliseconds(c.cfg.Timeout + callTimeout), milliseconds(callTimeout)}
 }
 
 func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }

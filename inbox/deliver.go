@@ -53,24 +53,25 @@ func (c *Consumer) deliver(ctx context.Context, deliveries []*delivery) {
 	if len(deliveries) == 0 {
 		return
 	}
-	r := &round{Consumer: c, ctx: ctx, live: deliveries[0].live}
+	r := &round{Consumer: c, ctx: ctx, live: deliveries[0].live, alone: len(deliveries) == 1}
 	var items []*item // to be handled in one transaction
-	flush := func() { r.settle(items); items = nil }
+	byID := make(map[string]*item, len(deliveries))
+	flush := func() { r.settle(items); items = nil; clear(byID) }
 	for _, d := range deliveries {
 		m := &item{envelope: newEnvelope(&d.Delivery), attempt: 1, deliveries: []*delivery{d}}
-		twin := slices.IndexFunc(items, func(other *item) bool { return other.id() == m.id() })
+		twin := byID[m.id()]
 		switch {
 		case c.setAside(m):
-		case twin >= 0 && items[twin].digest() == m.digest():
-			items[twin].deliveries = append(items[twin].deliveries, d)
-		case twin >= 0:
+		case twin != nil && twin.digest() == m.digest():
+			twin.deliveries = append(twin.deliveries, d)
+		case twin != nil:
 			flush()
-			items = append(items, m)
+			items, byID[m.id()] = append(items, m), m
 		case mayKill(d):
 			flush()
 			c.park(r.live, m, false, parking{reason: reasonRetry, err: errMayKill})
 		case c.prepareDelivered(ctx, r.live, m):
-			items = append(items, m)
+			items, byID[m.id()] = append(items, m), m
 		}
 	}
 	flush()
@@ -83,6 +84,7 @@ func (c *Consumer) deliver(ctx context.Context, deliveries []*delivery) {
 type round struct {
 	*Consumer
 	ctx, live context.Context
+	alone     bool    // there is one delivery: nothing else waits while it does
 	late      []*item // what others hold comes after all else, with what follows it in its key
 }
 
@@ -130,7 +132,7 @@ func (r *round) settle(items []*item) {
 	if len(items) == 0 || r.live.Err() != nil { // nothing of a key may follow what was not settled
 		return
 	}
-	result := r.apply(r.ctx, r.live, unit{items: items})
+	result := r.apply(r.ctx, r.live, unit{items: items, patient: r.alone})
 	at := result.culprit
 	switch {
 	case result.verdict == applied:

@@ -30,21 +30,24 @@ func newEnvelope(d *amqp.Delivery) envelope {
 	if e.body == nil {
 		e.body = []byte{} // a nil would be NULL
 	}
-	for name, value := range map[string]string{
-		"message_id": d.MessageId, "type": d.Type, "content_type": d.ContentType, "content_encoding": d.ContentEncoding,
-		"correlation_id": d.CorrelationId, "reply_to": d.ReplyTo, "expiration": d.Expiration,
-		"user_id": d.UserId, "app_id": d.AppId, "exchange": d.Exchange, "routing_key": d.RoutingKey,
+	for _, p := range [...]struct{ name, value string }{
+		{"message_id", d.MessageId}, {"type", d.Type}, {"content_type", d.ContentType}, {"content_encoding", d.ContentEncoding},
+		{"correlation_id", d.CorrelationId}, {"reply_to", d.ReplyTo}, {"expiration", d.Expiration},
+		{"user_id", d.UserId}, {"app_id", d.AppId}, {"exchange", d.Exchange}, {"routing_key", d.RoutingKey},
 	} {
-		if value != "" {
-			e.properties[name] = value
+		if p.value != "" {
+			e.properties[p.name] = p.value
 		}
 	}
 	if !d.Timestamp.IsZero() {
 		e.properties["timestamp"] = strconv.FormatInt(d.Timestamp.Unix(), 10)
 	}
-	for name, value := range map[string]uint8{"delivery_mode": d.DeliveryMode, "priority": d.Priority} {
-		if value != 0 {
-			e.properties[name] = strconv.Itoa(int(value))
+	for _, p := range [...]struct {
+		name  string
+		value uint8
+	}{{"delivery_mode", d.DeliveryMode}, {"priority", d.Priority}} {
+		if p.value != 0 {
+			e.properties[p.name] = strconv.Itoa(int(p.value))
 		}
 	}
 	for name, value := range d.Headers {

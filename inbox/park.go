@@ -268,7 +268,7 @@ func (c *Consumer) listDue(ctx context.Context) (ids []int64, waiting bool, err 
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	defer func() { c.reportDatabase(ctx, err) }()
-	rows, err := c.db.Query(callCtx, dueSQL(c.cfg.Schema), c.cfg.Name, duePage)
+	rows, err := c.db.Query(callCtx, dueSQL(c.cfg.Schema), pgx.QueryExecModeCacheDescribe, c.cfg.Name, duePage)
 	if err != nil {
 		return nil, false, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -70,7 +71,11 @@ func (c *Consumer) connection(ctx context.Context, finish func()) *waiting {
 	if problem != nil {
 		return problem
 	}
-	acks := newAcks(s.Channel)
+	acks, stop := newAcks(s.Channel, c.cfg.Prefetch), make(chan struct{})
+	var acking sync.WaitGroup
+	acking.Go(func() { acks.run(stop) })
+	defer acking.Wait()
+	defer close(stop)
 	live, end := context.WithCancel(ctx)
 	defer c.discard()
 	defer end()

@@ -17,11 +17,12 @@ func recordSQL(schema string) string {
 }
 
 // recordAllSQL is recordSQL for the messages $2 with the digests $3, in the order of their
-// IDs, lest two transactions wait for each other. It returns those that are recorded for
-// the first time, and the transaction.
+// IDs, lest two transactions wait for each other, within limits. It returns those that are
+// recorded for the first time, and the transaction.
 func recordAllSQL(schema string) string {
 	return `INSERT INTO ` + table(schema, "inbox") + ` (consumer, message_id, digest)
-	SELECT $1::text, m.id, m.digest FROM unnest($2::text[], $3::bigint[]) AS m(id, digest), ` + durably + `
+	SELECT $1::text, m.id, m.digest FROM unnest($2::text[], $3::bigint[]) AS m(id, digest), ` + durably + `,
+		(SELECT ` + limits("$4", "$5", "$6") + `) AS limits
 	ORDER BY m.id COLLATE "C" ON CONFLICT DO NOTHING RETURNING message_id, txid_current()`
 }
 
@@ -50,11 +51,12 @@ func recordXIDSQL(schema string) string { return recordSQL(schema) + ` RETURNING
 // sameXIDSQL is false after the transaction $1 has ended, and fails in an aborted one.
 const sameXIDSQL = `SELECT coalesce(txid_current_if_assigned() = $1, false)`
 
-// settingsSQL bounds, until the end of the transaction, the wait for a twin or
-// another lock, and how long the locks of a consumer that has died or hangs
-// outlive it.
-const settingsSQL = `SELECT set_config('lock_timeout', $1, true),
-	set_config('idle_in_transaction_session_timeout', $2, true), set_config('tcp_user_timeout', $3, true)`
+// limits bound, until the end of the transaction, the wait for a twin or another lock, and
+// how long the locks of a consumer that has died or hangs outlive it.
+func limits(lock, idle, tcp string) string {
+	return `set_config('lock_timeout', ` + lock + `, true),
+	set_config('idle_in_transaction_session_timeout', ` + idle + `, true), set_config('tcp_user_timeout', ` + tcp + `, true)`
+}
 
 const lockTimeoutSQL = `SELECT set_config('lock_timeout', $1, true)`
 
@@ -96,44 +98,45 @@ func parkUnownedSQL(schema string) string {
 	ON CONFLICT DO NOTHING`
 }
 
+// first is the id of the first parked message of a key, by one range of inbox_parked_key;
+// those that are not recorded have no key in the table. Of consumer = and key = the planner
+// would make of ORDER BY one by id, or go through all of the consumer's while it has no
+// statistics. The range has an end, lest it go on through rows of other keys that are dead.
+func first(schema, consumer, key string) string {
+	return `(SELECT h.id FROM ` + table(schema, "inbox_parked") + ` AS h
+		WHERE h.key IS NOT NULL AND (h.consumer, h.key, h.id) >= (` + consumer + `, ` + key + `, 0)
+			AND (h.consumer, h.key) <= (` + consumer + `, ` + key + `)
+		ORDER BY h.consumer, h.key, h.id LIMIT 1)`
+}
+
 // dueSQL lists what waits for another attempt, soonest first, in the order of
-// inbox_parked_due, except what is behind an earlier one of its key
-// (inbox_parked_key). statement_timestamp is stable, so that an index may use it.
+// inbox_parked_due, except what is behind an earlier one of its key.
+// It is planned whenever it runs, and has a range and a coalesce, lest it sort all and look
+// for each one's key: the planner thinks that many pass these, and few an = and an OR.
 func dueSQL(schema string) string {
-	parked := table(schema, "inbox_parked")
-	return `SELECT id, due_at <= statement_timestamp() FROM ` + parked + ` AS p
-	WHERE consumer = $1 AND due_at IS NOT NULL AND NOT EXISTS (
-		SELECT FROM ` + parked + ` AS h WHERE h.consumer = p.consumer AND h.key = p.key AND h.id < p.id
-			AND h.reason IN ('retry', 'blocked', 'dead'))
-	ORDER BY due_at LIMIT $2`
+	return `SELECT id, due_at <= statement_timestamp() FROM ` + table(schema, "inbox_parked") + ` AS p
+	WHERE due_at IS NOT NULL AND (consumer, due_at) >= ($1::text, '-infinity') AND (consumer, due_at) <= ($1, 'infinity')
+		AND coalesce(id = ` + first(schema, "p.consumer", "p.key") + `, true)
+	ORDER BY consumer, due_at LIMIT $2`
 }
 
-// The columns of a message that is parked for its key to wait behind.
-const ofKey = `consumer = $1 AND key = $2 AND reason IN ('retry', 'blocked', 'dead')`
-
-// blockedSQL returns those of the keys $2 of which a message is parked
-// (inbox_parked_key). Sent after recordAllSQL, so that it sees what was committed while
-// that waited.
+// blockedSQL returns those of the keys $2 of which a message is parked. Sent after
+// recordAllSQL, so that it sees what was committed while that waited.
 func blockedSQL(schema string) string {
-	return `SELECT key FROM unnest($2::text[]) AS of(key) WHERE EXISTS (
-		SELECT FROM ` + table(schema, "inbox_parked") + ` AS p
-		WHERE p.consumer = $1 AND p.key = of.key AND p.reason IN ('retry', 'blocked', 'dead'))`
+	return `SELECT key FROM unnest($2::text[]) AS of(key) WHERE ` + first(schema, "$1::text", "of.key") + ` IS NOT NULL`
 }
 
-// skipBeforeSQL is true if message $2 is recorded (inbox_pkey), or one of key $3 is parked
-// (inbox_parked_key).
+// skipBeforeSQL is true if message $2 is recorded (inbox_pkey), or one of key $3 is parked.
 func skipBeforeSQL(schema string) string {
 	return `SELECT EXISTS (SELECT FROM ` + table(schema, "inbox") + ` WHERE consumer = $1 AND message_id = $2)
-	OR EXISTS (SELECT FROM ` + table(schema, "inbox_parked") + ` WHERE consumer = $1 AND key = $3::text
-		AND reason IN ('retry', 'blocked', 'dead'))`
+	OR ` + first(schema, "$1", "$3::text") + ` IS NOT NULL`
 }
 
 // unblockSQL makes the first parked message of a key due, if it waits for another
-// that is gone (inbox_parked_key).
+// that is gone.
 func unblockSQL(schema string) string {
-	parked := table(schema, "inbox_parked")
-	return `UPDATE ` + parked + ` SET reason = 'retry', due_at = clock_timestamp()
-	WHERE id = (SELECT id FROM ` + parked + ` WHERE ` + ofKey + ` ORDER BY id LIMIT 1) AND reason = 'blocked'`
+	return `UPDATE ` + table(schema, "inbox_parked") + ` SET reason = 'retry', due_at = clock_timestamp()
+	WHERE id = ` + first(schema, "$1::text", "$2::text") + ` AND reason || '' = 'blocked'`
 }
 
 // unblockAllSQL is unblockSQL for the next $3 keys after $2, and returns the last
@@ -141,14 +144,15 @@ func unblockSQL(schema string) string {
 // many messages a key has. The || keeps the UPDATE off an index that has reason.
 func unblockAllSQL(schema string) string {
 	parked := table(schema, "inbox_parked")
-	first := func(after, n string) string {
-		return `SELECT key, id, reason, ` + n + ` AS n FROM ` + parked + ` WHERE consumer = $1 AND key > ` + after + `
-			AND reason IN ('retry', 'blocked', 'dead') ORDER BY key, id LIMIT 1`
+	next := func(after, n string) string {
+		return `SELECT key, id, reason, ` + n + ` AS n FROM ` + parked + `
+			WHERE key IS NOT NULL AND (consumer, key) > ($1::text, ` + after + `) AND consumer <= $1
+			ORDER BY consumer, key, id LIMIT 1`
 	}
 	return `WITH RECURSIVE head AS (
-		(` + first("$2", "1") + `)
+		(` + next("$2::text", "1") + `)
 		UNION ALL
-		SELECT next.* FROM head, LATERAL (` + first("head.key", "head.n + 1") + `) AS next WHERE head.n < $3
+		SELECT next.* FROM head, LATERAL (` + next("head.key", "head.n + 1") + `) AS next WHERE head.n < $3
 	), unblocked AS (
 		UPDATE ` + parked + ` SET reason = 'retry', due_at = clock_timestamp()
 		WHERE id = ANY (ARRAY(SELECT id FROM head WHERE reason = 'blocked')) AND reason || '' = 'blocked'
