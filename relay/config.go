@@ -26,7 +26,8 @@ type Config struct {
 	// to 24 h, and not below the publisher's ConfirmTimeout.
 	Lease time.Duration
 	// RetryFor is how long a message is tried after its first refusal before it is
-	// parked as dead; default 7 days. Of those for an exchange that is missing or closed
+	// parked as dead; default 7 days. An attempt a minute, half of what is made, must
+	// have failed on average: an outage makes nothing dead. Of those for an exchange that is missing or closed
 	// to the relay only the ones that are tried count, one every few seconds at most.
 	RetryFor time.Duration
 	// IdleInterval is the longest wait between two looks at the outbox; default

@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
 )
 
 // manyKeys is enough keys for some in most lanes.
@@ -74,6 +75,34 @@ func TestManyLockedRowsHoldUpNobody(t *testing.T) {
 	b.checkAll(b.drain(b.queue, len(msgs)), msgs, 0)
 	b.must(tx.Rollback(testenv.Context(t)))
 	b.eventuallyCount("outbox", 0)
+}
+
+// Somebody has locked the row of a lane, a message of which the broker refuses again and
+// again. What is confirmed is deleted all the same, of all lanes.
+func TestLaneThatIsLockedHoldsUpNoDeletes(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	queue, declare := b.absent()
+	refused := to(queue, b.messages(1, noKey))
+	b.write(refused...)
+	b.start(brisk)
+	b.eventuallyCount("outbox_parked", 1)
+	tx := b.begin()
+	_, err := tx.Exec(testenv.Context(t), "SELECT FROM "+b.db.Table("outbox_lane")+" WHERE lane = (SELECT lane FROM "+b.db.Table("outbox_parked")+") FOR UPDATE")
+	b.must(err)
+	var msgs []outbox.Message
+	for range 8 {
+		more := b.messages(100, noKey)
+		b.write(more...)
+		msgs = append(msgs, more...)
+		b.must(pauseFor(t, time.Second)) // it is refused meanwhile
+	}
+	b.eventuallyCount("outbox", 0)
+	b.must(tx.Rollback(testenv.Context(t)))
+	declare()
+	b.checkAll(b.drain(queue, 1), refused, 0)
+	b.checkAll(b.drain(b.queue, len(msgs)), msgs, 0)
+	b.eventuallyCount("outbox_parked", 0)
 }
 
 // Somebody locks the row of a message for a while. When that is over it is deleted,

@@ -26,8 +26,9 @@ type message struct {
 	checked     bool // headers holds ours, too
 	payload     []byte
 	createdAt   time.Time
-	parked      bool // published from outbox_parked
-	behind      bool // a message of its key was parked when it was read
+	parked      bool   // published from outbox_parked
+	parkedFor   string // why, if it was refused before
+	behind      bool   // a message of its key was parked when it was read
 	attempts    int
 
 	alone    bool          // to be published with nothing else in flight on its connection

@@ -136,7 +136,7 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 	for rows.Next() {
 		if rows.RawValues()[0] == nil { // the head
 			var age int32 // of the first transaction number, 3: how many came after it
-			if err := rows.Scan(nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil,
+			if err := rows.Scan(nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil, nil,
 				&p.durable, &p.position, &p.running.listed, &p.running.xmax, &age, &p.drawn, &p.free); err != nil {
 				return page{}, err
 			}
@@ -146,7 +146,7 @@ func query(ctx context.Context, db querier, sql string, args []any) (p page, err
 		m := &message{}
 		var mine bool
 		if err := rows.Scan(&m.id, &m.lane, (*[16]byte)(&m.messageID), &m.key, &m.exchange, &m.routingKey, &m.typ, &m.contentType,
-			(*headerText)(&m.headers), &m.payload, &m.createdAt, &m.attempts, &mine, &m.behind, nil, nil, nil, nil, nil, nil, nil); err != nil {
+			(*headerText)(&m.headers), &m.payload, &m.createdAt, &m.attempts, &m.parkedFor, &mine, &m.behind, nil, nil, nil, nil, nil, nil, nil); err != nil {
 			return page{}, err
 		}
 		p.ids = append(p.ids, m.id)

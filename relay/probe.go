@@ -72,7 +72,7 @@ func (r *Relay) probe(ctx, hard context.Context, trialsOnly bool) {
 		wait.Reset()
 		for _, m := range end.inFlight {
 			if m == end.overdue {
-				r.refuse(m, silent, "its destination does not answer")
+				r.refuse(m, silent, notAnswering)
 			} else {
 				r.unknownAll(r.died([]*message{m}, end.ordered))
 			}

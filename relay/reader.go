@@ -146,6 +146,7 @@ func (r *reader) readAll(ctx context.Context, ours []int16) (more bool, err erro
 		{"outbox", r.readNew}, // what is above the floor, or in a gap
 		{"outbox again", r.readOld},
 		{"what was passed over", r.readPassedOver},
+		{"outbox_parked", r.readRecalled},
 		{"outbox_parked", r.readDue},
 		{"outbox_parked", r.readBlocked}, // of keys the head of which may go
 	} {
@@ -181,34 +182,37 @@ func (r *reader) readPassedOver(ctx context.Context, ours []int16) (more bool, e
 	return r.hand.readmit(lines, p.messages, p.upTo) > 0 || p.cut(), nil
 }
 
-// readDue reads parked messages whose time has come, and first those for places that
-// are suspect no more.
-func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err error) {
+// readRecalled reads parked messages for a place that is suspect no more, before their
+// time: one page a round, so that others have their turn.
+func (r *reader) readRecalled(ctx context.Context, ours []int16) (more bool, err error) {
 	r.recall = append(r.recall, r.suspects.takeCleared()...)
-	for len(r.recall) > 0 && !r.hand.full() && time.Since(r.recallAt) > recallEvery {
-		p, quiet := r.recall[0], r.hand.quiet()
-		r.hand.readEnded() // what was parked since the last read is among what is looked for
-		routingKey := &p.routingKey
-		if p.whole {
-			routingKey = nil
-		}
-		n, err := r.readParked(ctx, ours, suspectDelay, &p.exchange, routingKey, p.why, nil)
-		if err != nil {
-			return more, err
-		}
-		if n > 0 {
-			more = true
-			continue
-		}
-		if !quiet && time.Since(p.at) < recallFor { // some are still on their way to the table
-			r.recallAt = time.Now()
-			break
-		}
+	r.recall = slices.DeleteFunc(r.recall, r.suspects.again)
+	if len(r.recall) == 0 || r.hand.full() || time.Since(r.recallAt) < recallEvery {
+		return false, nil
+	}
+	p, quiet := r.recall[0], r.hand.quiet()
+	r.hand.readEnded() // what was parked since the last read is among what is looked for
+	routingKey := &p.routingKey
+	if p.whole {
+		routingKey = nil
+	}
+	n, err := r.readParked(ctx, ours, suspectDelay, &p.exchange, routingKey, p.why, nil)
+	switch {
+	case err != nil || n > 0:
+		return n > 0, err
+	case !quiet && time.Since(p.at) < recallFor: // some are still on their way to the table
+		r.recallAt = time.Now()
+	default:
 		r.recall = r.recall[1:]
 	}
+	return false, nil
+}
+
+// readDue reads parked messages whose time has come.
+func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err error) {
 	now := time.Now()
 	if r.noParked || now.Sub(r.dueAt) < dueEvery {
-		return more, nil
+		return false, nil
 	}
 	var lately *float64
 	if !r.allDue.due() {
@@ -222,7 +226,7 @@ func (r *reader) readDue(ctx context.Context, ours []int16) (more bool, err erro
 			r.allDue.ran(now)
 		}
 	}
-	return more || n > 0, err
+	return n > 0, err
 }
 
 // readParked reads parked messages whose time comes within a while, or came lately.

@@ -16,8 +16,26 @@ type refusals struct {
 
 	mu           sync.Mutex
 	destinations map[destination]*refusal
-	deadSince    time.Time // since when said counts
-	said, unsaid int       // dead messages, with a line and without
+	died, apart  lines // about dead messages, and about those that have no answer
+}
+
+// lines bounds how many are written about single messages.
+type lines struct {
+	since        time.Time // since when said counts
+	said, unsaid int
+}
+
+// allow says whether a line may be written, and after how many that were not.
+func (l *lines) allow() (unsaid int, ok bool) {
+	if time.Since(l.since) > linesEvery {
+		l.since, l.said = time.Now(), 0
+	}
+	if l.said++; l.said > maxLines {
+		l.unsaid++
+		return 0, false
+	}
+	unsaid, l.unsaid = l.unsaid, 0
+	return unsaid, true
 }
 
 // refusal is when a destination last refused a message, and when it accepted one.
@@ -29,9 +47,9 @@ const (
 	// acceptedAfter is how long a destination must not have refused anything before it
 	// counts as one that accepts: a full queue does both in turn.
 	acceptedAfter = 5 * time.Second
-	// So many lines about dead messages are written within that time.
-	deadLines = 20
-	deadEvery = 10 * time.Second
+	// So many lines about single messages are written within that time.
+	maxLines   = 20
+	linesEvery = 10 * time.Second
 )
 
 func (f *refusals) refused(m *message, reason, text string) {
@@ -83,14 +101,18 @@ func (f *refusals) watch(ctx context.Context) {
 func (f *refusals) dead(v verdict) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if time.Since(f.deadSince) > deadEvery {
-		f.deadSince, f.said = time.Now(), 0
+	if unsaid, ok := f.died.allow(); ok {
+		f.log.Error("relay: a message is dead; it waits for a human in outbox_parked", "id", v.id, "message_id", v.messageID,
+			"key", v.key, "exchange", v.exchange, "routing_key", v.routingKey, "error", v.lastError, "without_a_line", unsaid)
 	}
-	if f.said++; f.said > deadLines {
-		f.unsaid++
-		return
+}
+
+// unanswered says that a message has no answer, though it was published apart.
+func (f *refusals) unanswered(m *message) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if unsaid, ok := f.apart.allow(); ok {
+		f.log.Warn("relay: a message has no answer; it is parked, and tried alone", "message_id", m.messageID,
+			"key", m.key, "exchange", m.exchange, "routing_key", m.routingKey, "without_a_line", unsaid)
 	}
-	f.log.Error("relay: a message is dead; it waits for a human in outbox_parked", "id", v.id, "message_id", v.messageID,
-		"key", v.key, "exchange", v.exchange, "routing_key", v.routingKey, "error", v.lastError, "without_a_line", f.unsaid)
-	f.unsaid = 0
 }

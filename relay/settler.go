@@ -193,12 +193,12 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		return fmt.Errorf("park refused messages: %w", err)
 	}
 	locked = append(locked, slices.Concat(lockedKeys...)...)
-	var died map[int64]bool
-	if len(parked) > 0 {
-		if died, err = s.parkAgain(ctx, parked); err != nil {
-			return fmt.Errorf("park refused messages again: %w", err)
-		}
+	died := make(map[int64]bool)
+	lockedAgain, err := byHalves(parked, func(parked []verdict, wait string) error { return s.parkAgain(ctx, parked, wait, died) })
+	if err != nil {
+		return fmt.Errorf("park refused messages again: %w", err)
 	}
+	locked = append(locked, lockedAgain...)
 	s.locked.refused = append(s.locked.refused, locked...)
 	for _, v := range refused {
 		if slices.ContainsFunc(locked, func(l verdict) bool { return l.id == v.id }) {
@@ -212,22 +212,21 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 	return nil
 }
 
-// parkAgain returns which messages are dead now.
-func (s *settler) parkAgain(ctx context.Context, refused []verdict) (died map[int64]bool, err error) {
+// parkAgain notes which messages are dead now.
+func (s *settler) parkAgain(ctx context.Context, refused []verdict, wait string, died map[int64]bool) error {
 	ctx, cancel := context.WithTimeout(ctx, settleTimeout)
 	defer cancel()
-	rows, err := s.db.Query(ctx, s.sql.repark, append(append([]any{unplanned}, s.arrays(refused)...), lockWait, s.retryFor.Seconds())...)
+	rows, err := s.db.Query(ctx, s.sql.repark, append(append([]any{unplanned}, s.arrays(refused)...), wait, s.retryFor.Seconds())...)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	died = make(map[int64]bool)
 	var id int64
 	var dead bool
 	_, err = pgx.ForEachRow(rows, []any{&id, &dead}, func() error {
 		died[id] = dead
 		return nil
 	})
-	return died, err
+	return err
 }
 
 func (s *settler) arrays(refused []verdict) []any {

@@ -95,7 +95,7 @@ const releaseSQL = `WITH freed AS (
 const (
 	headSQL = `
 	SELECT NULL::bigint, NULL::smallint, NULL::uuid, NULL, NULL, NULL, NULL, NULL, NULL::jsonb, NULL::bytea,
-		NULL::timestamptz, NULL::int, NULL::boolean, NULL::boolean,
+		NULL::timestamptz, NULL::int, NULL::text, NULL::boolean, NULL::boolean,
 		pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn(), pg_current_wal_insert_lsn()::text,
 		ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint),
 		pg_snapshot_xmax(pg_current_snapshot())::text::bigint, age('3'::xid),
@@ -103,7 +103,7 @@ const (
 		EXISTS (SELECT FROM {lane} WHERE owner IS NULL)
 	UNION ALL
 	SELECT id, lane, message_id, coalesce(key, ''), exchange, routing_key, type, content_type, headers, payload,
-		created_at, attempts, mine, behind, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+		created_at, attempts, last_error, mine, behind, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 	FROM page WHERE running - bytes < $1`
 	messageColumns = `id, lane, message_id, key, exchange, routing_key, type, content_type, headers`
 )
@@ -120,7 +120,7 @@ const (
 // key has most of the messages it then looks for the others through all of them. The
 // range has an end, lest it go on through rows of other keys that are dead.
 const pageSQL = `WITH page AS (
-		SELECT ` + messageColumns + `, created_at, 0 AS attempts, mine,
+		SELECT ` + messageColumns + `, created_at, 0 AS attempts, '' AS last_error, mine,
 			CASE WHEN mine AND key IS NOT NULL AND ($7::boolean OR (
 				SELECT id FROM {parked} WHERE key IS NOT NULL ORDER BY lane, key, id LIMIT 1
 			) IS NOT NULL) THEN coalesce((
@@ -173,7 +173,7 @@ const drawnSQL = `SELECT CASE WHEN is_called THEN last_value ELSE 0 END, EXISTS 
 // per lane. A scheduled message was created, for its consumers, when it was due. (clock_timestamp is volatile: an index
 // condition with it would be a filter over all that is not due yet.)
 const dueSQL = `WITH page AS (
-		SELECT ` + messageColumns + `, attempts, true AS mine, true AS behind, payload,
+		SELECT ` + messageColumns + `, attempts, last_error, true AS mine, true AS behind, payload,
 			CASE WHEN reason = 'scheduled' THEN greatest(created_at, due_at) ELSE created_at END AS created_at,
 			octet_length(payload) AS bytes, sum(octet_length(payload)) OVER (ORDER BY id) AS running
 		FROM generate_series(0, 63) AS l (lane_wanted)
@@ -206,7 +206,7 @@ const blockedSQL = `WITH RECURSIVE blocked AS (
 // by index (lane, key, id); $2 rows are per key, or one if that is not to be sent
 // now. Such come without payload.
 const headsSQL = `WITH page AS (
-		SELECT ` + messageColumns + `, attempts, created_at, ($3::bigint >> lane) & 1 = 1 AND due AS mine, false AS behind,
+		SELECT ` + messageColumns + `, attempts, last_error, created_at, ($3::bigint >> lane) & 1 = 1 AND due AS mine, false AS behind,
 			CASE WHEN due THEN payload END AS payload, CASE WHEN due THEN octet_length(payload) ELSE 0 END AS bytes,
 			sum(CASE WHEN due THEN octet_length(payload) ELSE 0 END) OVER (ORDER BY id) AS running
 		FROM unnest($4::smallint[], $5::text[]) AS k (lane_wanted, key_wanted)
@@ -279,7 +279,8 @@ const parkSQL = `WITH ` + refusedRows + `, moved AS (
 
 // reparkSQL records another verdict on messages that were parked already, other than
 // those that somebody has locked: they stay due. From its first refusal a message has
-// $11 seconds until it is dead, which is returned.
+// $11 seconds until it is dead, which is returned, and as many attempts as it makes in half
+// of them at least: while a relay or the broker was away it made none.
 const reparkSQL = `WITH ` + refusedRows + `
 	UPDATE {parked} AS p SET
 		reason = v.reason,
@@ -290,7 +291,7 @@ const reparkSQL = `WITH ` + refusedRows + `
 		created_at = CASE p.reason WHEN 'scheduled' THEN greatest(p.created_at, p.due_at) ELSE p.created_at END
 	FROM refused AS r, LATERAL (
 		SELECT CASE WHEN r.reason = 'retry' AND r.attempts > q.attempts AND q.reason = 'retry' AND q.attempts > 0
-				AND q.parked_at < clock_timestamp() - $11 * interval '1 second'
+				AND q.parked_at < clock_timestamp() - $11 * interval '1 second' AND r.attempts >= $11 / 60
 			THEN 'dead' ELSE r.reason END AS reason
 		FROM {parked} AS q WHERE q.id = r.id ORDER BY q.id LIMIT 1 FOR UPDATE SKIP LOCKED
 	) AS v

@@ -3,6 +3,7 @@ package relay
 import (
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,7 +26,8 @@ type suspects struct {
 	count   atomic.Int64 // so that what is confirmed need not lock
 	mu      sync.Mutex
 	byPlace map[place]*suspect
-	cleared []recalled // of which messages are parked, perhaps
+	cleared []recalled          // of which messages are parked, perhaps
+	asked   map[place]time.Time // when they were last recalled on the word of one of them
 }
 
 // place is a destination, a whole exchange, or a single message.
@@ -71,6 +73,9 @@ func (x *suspect) says(why string) {
 
 func (x *suspect) latest() string { return x.why[len(x.why)-1] }
 
+// notAnswering is why a destination is suspect that is silent.
+const notAnswering = "its destination does not answer"
+
 // maxReasons bounds the reasons that are remembered of a place.
 const maxReasons = 4
 
@@ -85,7 +90,9 @@ const (
 	othersFirst = 2 * dueEvery
 )
 
-func newSuspects() *suspects { return &suspects{byPlace: make(map[place]*suspect)} }
+func newSuspects() *suspects {
+	return &suspects{byPlace: make(map[place]*suspect), asked: make(map[place]time.Time)}
+}
 
 // of returns the suspect to which m goes, or nil. The caller holds mu.
 func (s *suspects) of(m *message) *suspect {
@@ -218,20 +225,34 @@ func (s *suspects) forget(ms ...*message) {
 // clear records that the broker took or returned m: its exchange is there, and its
 // destination answers.
 func (s *suspects) clear(m *message) {
-	if s.count.Load() == 0 {
+	if s.count.Load() == 0 && m.parkedFor == "" {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if p, ok := suspectedOf(m); ok && s.byPlace[p] == nil && time.Since(s.asked[p]) > askEvery {
+		// By a relay that has been stopped, or has had its lane.
+		s.recall(p, []string{m.parkedFor})
+	}
 	for _, p := range placesOf(m) {
 		if x := s.byPlace[p]; x != nil {
 			delete(s.byPlace, p)
 			if p.only == 0 {
-				s.cleared = append(s.cleared, recalled{p, x.why, time.Now()})
+				s.recall(p, x.why)
 			}
 		}
 	}
 	s.count.Store(int64(len(s.byPlace)))
+}
+
+// recall has what was parked for a place read before its time. The caller holds mu.
+func (s *suspects) recall(p place, why []string) {
+	if len(s.asked) >= maxSuspects {
+		clear(s.asked)
+	}
+	now := time.Now()
+	s.asked[p] = now
+	s.cleared = append(s.cleared, recalled{p, why, now})
 }
 
 // takeCleared returns the places that were cleared since.
@@ -241,4 +262,37 @@ func (s *suspects) takeCleared() []recalled {
 	cleared := s.cleared
 	s.cleared = nil
 	return cleared
+}
+
+// askEvery is how often messages parked for a place are recalled on the word of one of them.
+const askEvery = 5 * time.Second
+
+// suspectedOf returns the place for which m was parked, by the words it bears, if that was
+// suspect.
+func suspectedOf(m *message) (p place, ok bool) {
+	switch {
+	case m.parkedFor == notAnswering:
+		return placeOf(m), true
+	case strings.HasPrefix(m.parkedFor, "Exception (") && strings.Contains(m.parkedFor, "topic '"):
+		return placeOf(m), true
+	case strings.HasPrefix(m.parkedFor, "Exception ("):
+		return exchangeOf(m), true
+	}
+	return place{}, false
+}
+
+// again says that a place is suspect again, which then bears what was said of it before:
+// whoever takes messages of it again will be asked for all that was parked for it.
+func (s *suspects) again(r recalled) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	x := s.byPlace[r.place]
+	if x != nil {
+		latest := x.latest()
+		for _, why := range r.why {
+			x.says(why)
+		}
+		x.says(latest)
+	}
+	return x != nil
 }

@@ -61,8 +61,7 @@ func (r *Relay) refuse(m *message, why cause, text string) {
 			v.lastError = "it has no answer, though others for its destination have one"
 		}
 		if why == unanswered {
-			r.cfg.Logger.Warn("relay: a message has no answer; it is parked, and tried alone", "message_id", m.messageID,
-				"key", m.key, "exchange", m.exchange, "routing_key", m.routingKey)
+			r.refusals.unanswered(m)
 		}
 	case suspected:
 		v.spend = 0
