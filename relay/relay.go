@@ -35,7 +35,7 @@ type Relay struct {
 	running   atomic.Bool
 	connected atomic.Bool  // to the broker, at some time
 	upSince   atomic.Int64 // when the common connection was made, by our monotonic clock; 0: there is none
-	stalledAt atomic.Int64 // when an alert began, since a connection was given up for want of answers; 0: never
+	stalledAt atomic.Int64 // when an alert began, since a connection was given up for want of answers, or a destination answers that did not; 0: never
 
 	// What can keep the relay from its work.
 	schema, leasing, reading, settling, broker, alarm condition

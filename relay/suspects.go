@@ -118,7 +118,10 @@ func (s *suspects) admit(m *message) bool {
 	}
 	if now := time.Now(); m.parked && x.probe == nil && now.After(x.next) {
 		x.probe, x.chosenAt = m, now
-		m.alone, m.patience = true, silentAfter<<min(x.failures, 10)
+		m.alone = true
+		if !isException(x.latest()) { // to which the answer comes at once
+			m.patience = silentAfter << min(x.failures, 10)
+		}
 	}
 	return false
 }
@@ -223,10 +226,10 @@ func (s *suspects) forget(ms ...*message) {
 }
 
 // clear records that the broker took or returned m: its exchange is there, and its
-// destination answers.
-func (s *suspects) clear(m *message) {
+// destination answers. It returns whether that was thought not to.
+func (s *suspects) clear(m *message) (silent bool) {
 	if s.count.Load() == 0 && m.parkedFor == "" {
-		return
+		return false
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -238,11 +241,13 @@ func (s *suspects) clear(m *message) {
 		if x := s.byPlace[p]; x != nil {
 			delete(s.byPlace, p)
 			if p.only == 0 {
+				silent = silent || x.latest() == notAnswering
 				s.recall(p, x.why)
 			}
 		}
 	}
 	s.count.Store(int64(len(s.byPlace)))
+	return silent
 }
 
 // recall has what was parked for a place read before its time. The caller holds mu.
@@ -273,13 +278,16 @@ func suspectedOf(m *message) (p place, ok bool) {
 	switch {
 	case m.parkedFor == notAnswering:
 		return placeOf(m), true
-	case strings.HasPrefix(m.parkedFor, "Exception (") && strings.Contains(m.parkedFor, "topic '"):
+	case isException(m.parkedFor) && strings.Contains(m.parkedFor, "topic '"):
 		return placeOf(m), true
-	case strings.HasPrefix(m.parkedFor, "Exception ("):
+	case isException(m.parkedFor):
 		return exchangeOf(m), true
 	}
 	return place{}, false
 }
+
+// isException says that why a place is suspect is the broker's answer to what was published.
+func isException(why string) bool { return strings.HasPrefix(why, "Exception (") }
 
 // again says that a place is suspect again, which then bears what was said of it before:
 // whoever takes messages of it again will be asked for all that was parked for it.

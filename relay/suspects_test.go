@@ -114,3 +114,31 @@ func TestSlowDestinationsAreForgottenAfterAWhile(t *testing.T) {
 		t.Errorf("patience %s after a while", got)
 	}
 }
+
+// A probe that the broker answers at once, if only with an exception, does not queue behind
+// those that wait for queues that do not answer.
+func TestProbesOfSilentPlacesKeepNoOthersWaiting(t *testing.T) {
+	t.Parallel()
+	s := newSuspects()
+	quick, slow := newMessage(1, "", "quick"), newMessage(2, "", "slow")
+	quick.exchange = "absent"
+	s.accuse(quick, missing, `Exception (404) Reason: "NOT_FOUND - no exchange 'absent' in vhost '/'"`)
+	s.accuse(slow, silent, notAnswering)
+	h := newHand()
+	for _, m := range []*message{slow, quick} {
+		m.parked = true
+		for _, x := range s.byPlace {
+			x.next = time.Time{}
+		}
+		if s.admit(m) || !m.alone {
+			t.Fatalf("%s: it is no probe", m.routingKey)
+		}
+		h.pushAlone(m)
+	}
+	if first := h.takeAlone(true); len(first) != 1 || first[0] != quick {
+		t.Errorf("first comes %v", first)
+	}
+	if s.clear(quick) || !s.clear(slow) {
+		t.Error("it does not tell which place was silent")
+	}
+}

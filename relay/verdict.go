@@ -36,7 +36,9 @@ func backOff(failures int) time.Duration {
 // confirmed: the broker has the messages.
 func (r *Relay) confirmed(ms []*message) {
 	for _, m := range ms {
-		r.suspects.clear(m)
+		if r.suspects.clear(m) {
+			r.stalledAt.Store(since()) // it may be silent again at once
+		}
 		r.refusals.accepted(m)
 	}
 	r.counts.published.Add(int64(len(ms)))
