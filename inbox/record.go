@@ -40,7 +40,7 @@ func RecordSQL(ctx context.Context, tx *sql.Tx, consumer, messageID string) (fir
 // forgot. A message that is delivered after it was forgotten takes effect again,
 // so keep them longer than any message can wait in a queue or be sent again.
 //
-// It works in transactions of about a thousand rows, with pauses between them, and may run
+// It works in transactions of a few hundred rows, with pauses between them, and may run
 // beside live traffic and other Prunes. When it fails or ctx ends, what is done stays done and
 // is counted. An olderThan that is not positive is refused.
 func Prune(ctx context.Context, db *pgxpool.Pool, olderThan time.Duration) (int64, error) {

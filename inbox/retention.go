@@ -16,7 +16,7 @@ const (
 	pruneEvery = 6 * time.Hour
 	// prunePause, times as long as a page took, lies between two pages: others need the
 	// database, too.
-	prunePause = 4
+	prunePause = 9
 )
 
 // pruneOld deletes old records of this consumer now and then, until ctx ends. Of several
@@ -62,8 +62,8 @@ func (p *pruner) run(ctx context.Context, db pgxBeginner, tell func(pruned int64
 	}
 }
 
-// prunePage keeps one transaction well below 100 ms.
-const prunePage = 1000
+// prunePage keeps one transaction well below 100 ms, also on a busy machine.
+const prunePage = 250
 
 // next prunes the next page. There is no more at the end, or while another process prunes.
 func (p *pruner) next(ctx context.Context, db pgxBeginner) (pruned int64, more bool, err error) {
