@@ -17,13 +17,14 @@ import (
 type verdict int
 
 const (
-	applied   verdict = iota // committed
-	away                     // there was no transaction to be had; no handler ran
-	again                    // rolled back, or of unknown outcome, through no fault of a handler
-	failed                   // rolled back: a handler failed, or COMMIT
-	ended                    // a handler ended the transaction; see ErrTxEnded
-	stopped                  // rolled back: the consumer stops, or the delivery has lapsed
-	contested                // rolled back: others hold what it needs
+	applied    verdict = iota // committed
+	away                      // there was no transaction to be had; no handler ran
+	again                     // rolled back, or of unknown outcome, through no fault of a handler
+	failed                    // rolled back: a handler failed, or COMMIT
+	ended                     // a handler ended the transaction; see ErrTxEnded
+	stopped                   // rolled back: the consumer stops, or the delivery has lapsed
+	contested                 // rolled back: others hold what it needs
+	unprepared                // rolled back: Before was not called, since it seemed that no handler would be
 )
 
 // unit is what one transaction is about: messages that were delivered, or one that was
@@ -79,6 +80,15 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 		case r.verdict == again && run == maxRuns:
 			r.verdict, r.culprit, r.err = failed, -1, fmt.Errorf("in vain %d times: %w", maxRuns, r.err)
 			return r
+		case r.verdict == unprepared:
+			if err := c.prepare(ctx, u.items[0]); err != nil {
+				r.verdict, r.culprit, r.err = failed, 0, err
+				if ctx.Err() != nil {
+					r.verdict = stopped
+				}
+				return r
+			}
+			continue
 		case r.verdict == again:
 			unknown = unknown || errors.Is(r.err, ErrCommitUnknown)
 			run++
@@ -121,6 +131,10 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	for i, m := range u.items {
 		if m.fate != handled {
 			continue
+		}
+		if c.cfg.Before != nil && m.before == nil {
+			r.verdict = unprepared
+			return r
 		}
 		some = true
 		if r.verdict, r.err = c.call(ctx, tx, m); r.verdict != applied {

@@ -106,7 +106,7 @@ func TestBatchParksWhatFailsAndAppliesTheRest(t *testing.T) {
 		}
 		b.want(t, strconv.Itoa(i), 1, want)
 	}
-	rows, err := b.Query(b.ctx, "SELECT message_id FROM "+b.Table("effects")+" WHERE message_id IN ('20', '30', '40', '50') ORDER BY ctid")
+	rows, err := b.Query(b.ctx, "SELECT message_id FROM "+b.Table("effects")+" WHERE message_id IN ('20', '30', '40', '50') ORDER BY seq")
 	if err != nil {
 		t.Fatal(err)
 	}

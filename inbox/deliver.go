@@ -58,6 +58,9 @@ func (c *Consumer) deliver(ctx context.Context, deliveries []*delivery) {
 	byID := make(map[string]*item, len(deliveries))
 	flush := func() { r.settle(items); items = nil; clear(byID) }
 	for _, d := range deliveries {
+		if r.live.Err() != nil {
+			return
+		}
 		m := &item{envelope: newEnvelope(&d.Delivery), attempt: 1, deliveries: []*delivery{d}}
 		twin := byID[m.id()]
 		switch {
@@ -69,14 +72,23 @@ func (c *Consumer) deliver(ctx context.Context, deliveries []*delivery) {
 			items, byID[m.id()] = append(items, m), m
 		case mayKill(d):
 			flush()
-			c.park(r.live, m, false, parking{reason: reasonRetry, err: errMayKill})
+			if r.live.Err() == nil && !r.isLate(m) {
+				r.parkKiller(m)
+			}
 		case c.prepareDelivered(ctx, r.live, m):
 			items, byID[m.id()] = append(items, m), m
 		}
 	}
 	flush()
 	for _, m := range r.late {
-		r.settleOne(m)
+		switch {
+		case r.live.Err() != nil:
+			return
+		case mayKill(m.deliveries[0]):
+			r.parkKiller(m)
+		default:
+			r.settleOne(m)
+		}
 	}
 }
 
@@ -111,6 +123,11 @@ func (c *Consumer) setAside(m *item) bool {
 const carefulAfter = 3
 
 var errMayKill = errors.New("it was delivered and came back: its attempts are counted before they are made, in case it kills the process")
+
+// parkKiller parks a message that may have killed the process.
+func (r *round) parkKiller(m *item) {
+	r.park(r.live, m, false, parking{reason: reasonRetry, err: errMayKill})
+}
 
 // mayKill reports whether a delivery was in hand of a process that died, perhaps because
 // of it. A quorum queue counts, a classic one only tells that it is not the first.
@@ -153,8 +170,11 @@ func (r *round) settle(items []*item) {
 		r.failed(r.live, items[0], result.verdict == ended, result.err)
 	case result.verdict == ended:
 		// What it committed may say that those after it were handled.
-		if r.forget(r.ctx, items[at+1:], result.xid) {
-			r.settle(items[:at])
+		if !r.forget(r.ctx, items[at+1:], result.xid) {
+			return
+		}
+		r.settle(items[:at])
+		if at == 0 || r.live.Err() == nil {
 			r.failed(r.live, items[at], true, result.err)
 			r.settle(items[at+1:])
 		}
@@ -186,9 +206,6 @@ func (r *round) isLate(m *item) bool {
 
 // settleOne settles a message however long others hold what it needs.
 func (r *round) settleOne(m *item) {
-	if r.live.Err() != nil {
-		return
-	}
 	result := r.apply(r.ctx, r.live, unit{items: []*item{m}, patient: true})
 	switch result.verdict {
 	case applied:
@@ -202,9 +219,11 @@ func (r *round) settleOne(m *item) {
 // it, before theirs ran. The transaction's own, that is: others may have recorded them
 // since, with their effects.
 func (c *Consumer) forget(ctx context.Context, items []*item, xid uint32) bool {
-	ids := make([]string, len(items))
-	for i, m := range items {
-		ids[i] = m.id()
+	var ids []string
+	for _, m := range items {
+		if m.fate == handled { // what is blocked is parked, too
+			ids = append(ids, m.id())
+		}
 	}
 	_, ok := c.persist(ctx, statement{forgetSQL(c.cfg.Schema), []any{c.cfg.Name, ids, int64(xid)}})
 	return ok

@@ -22,7 +22,7 @@ import (
 // each, in that order.
 func (b *broker) wantEffectsInOrder(t *testing.T, n int) {
 	t.Helper()
-	rows, err := b.Query(b.ctx, "SELECT message_id::int FROM "+b.Table("effects")+" ORDER BY ctid")
+	rows, err := b.Query(b.ctx, "SELECT message_id::int FROM "+b.Table("effects")+" ORDER BY seq")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -102,7 +102,7 @@ func TestFollowerThatIsMadeDueWaitsForItsHead(t *testing.T) {
 	b.exec(t, "DELETE FROM "+b.Table("inbox_parked")+" WHERE message_id = '0'")
 	c.waitFor(t, "the followers are applied", func(s inbox.Stats) bool { return s.Applied == 4 })
 	var order string
-	if err := b.QueryRow(b.ctx, "SELECT string_agg(message_id, ' ' ORDER BY ctid) FROM "+b.Table("effects")+" WHERE message_id IN ('1', '2')").Scan(&order); err != nil || order != "1 2" {
+	if err := b.QueryRow(b.ctx, "SELECT string_agg(message_id, ' ' ORDER BY seq) FROM "+b.Table("effects")+" WHERE message_id IN ('1', '2')").Scan(&order); err != nil || order != "1 2" {
 		t.Errorf("applied in the order %q: %v", order, err)
 	}
 }

@@ -81,12 +81,19 @@ func (c *Consumer) park(live context.Context, m *item, ended bool, p parking) {
 	if !ok {
 		return
 	}
-	if rows == 0 { // a twin was applied or parked
-		c.count(func(s *Stats) { s.Duplicates++ })
-	} else {
+	if rows > 0 {
 		c.parked(p.reason)
+		acknowledge(m)
+		return
 	}
-	acknowledge(m)
+	switch others, ok := c.othersWithID(live, []*item{m}); { // a twin was applied or parked, or another message
+	case !ok:
+	case others[m.id()]:
+		c.parkUnowned(m, reasonConflict, errConflict)
+	default:
+		c.count(func(s *Stats) { s.Duplicates++ })
+		acknowledge(m)
+	}
 }
 
 // sayFailure logs that a message is parked after its attempt failed, or for lack of
@@ -370,7 +377,7 @@ func (c *Consumer) settleParked(live context.Context, m *parkedMessage, v verdic
 	}
 	s := statement{settleSQL(c.cfg.Schema), []any{m.id, m.token, p.reason, p.attempts, lastError(err), p.delay.Seconds()}}
 	if v == ended {
-		s = statement{parkEndedSQL(c.cfg.Schema), c.parkArgs(m.envelope, p)}
+		s = statement{parkEndedAgainSQL(c.cfg.Schema), append(c.parkArgs(m.envelope, p), m.id)}
 	}
 	if rows, ok := c.persist(live, s); ok && rows > 0 && v != stopped {
 		c.parked(p.reason)

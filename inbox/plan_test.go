@@ -42,6 +42,7 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		{"park", parkSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3},
 		{"park_recorded", parkRecordedSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3},
 		{"park_ended", parkEndedSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', ''`, 3},
+		{"park_ended_again", parkEndedAgainSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', '', 70000`, 3},
 		{"park_unowned", parkUnownedSQL(schema), `'c', 'm1', 'too_old', 1, 'e', '', '', ''`, 3},
 		{"unblock", unblockSQL(schema), `'c', 'most'`, 3},
 		{"unblock_all", unblockAllSQL(schema), `'c', 'k5', 20`, 20},

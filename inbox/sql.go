@@ -1,6 +1,10 @@
 package inbox
 
-import "github.com/jackc/pgx/v5"
+import (
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+)
 
 // All statements of the package. Each touches its rows through the index that
 // its comment names, whatever the statistics of a table that is usually empty say.
@@ -85,10 +89,20 @@ func parkRecordedSQL(schema string) string {
 func parkEndedSQL(schema string) string {
 	return `WITH recorded AS (` + recordSQL(schema) + `)
 	INSERT INTO ` + table(schema, "inbox_parked") + ` ` + ownedColumns + `
-	SELECT ` + ownedValues + `
+	SELECT ` + ownedValues + onEnded
+}
+
+// parkEndedAgainSQL is parkEndedSQL for one that was parked with the id $12, which it
+// keeps: its followers stay behind it.
+func parkEndedAgainSQL(schema string) string {
+	return `WITH recorded AS (` + recordSQL(schema) + `)
+	INSERT INTO ` + table(schema, "inbox_parked") + ` (id, ` + strings.TrimPrefix(ownedColumns, "(") + ` OVERRIDING SYSTEM VALUE
+	SELECT $12::bigint, ` + ownedValues + onEnded
+}
+
+const onEnded = `
 	ON CONFLICT (consumer, message_id) WHERE reason IN ('retry', 'blocked', 'dead')
 	DO UPDATE SET reason = excluded.reason, due_at = excluded.due_at, last_error = excluded.last_error`
-}
 
 // parkUnownedSQL parks a message of which there is no record. The digest of all of
 // it makes that idempotent (inbox_parked_unowned).
