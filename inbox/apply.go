@@ -30,9 +30,8 @@ const (
 // unit is what one transaction is about: messages that were delivered, or one that was
 // parked.
 type unit struct {
-	items   []*item
-	unpark  *statement // opens the transaction of what was parked, and affects one row if it is ours
-	patient bool       // it waits for what others hold: there is nothing else to do meanwhile
+	items  []*item
+	unpark *statement // opens the transaction of what was parked, and affects one row if it is ours
 }
 
 // item is a message that is to be handled.
@@ -72,9 +71,8 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 	for run := 1; ; {
 		r := c.run(ctx, u)
 		r.unknown = unknown
-		divisible := len(u.items) > 1 || isLocked(r.err) && !u.patient
 		switch {
-		case isContested(r.err) && divisible:
+		case isContested(r.err) && len(u.items) > 1, isLocked(r.err) && u.waits(r.culprit):
 			r.verdict, r.culprit = contested, -1
 			return r
 		case r.verdict == again && run == maxRuns:
@@ -102,6 +100,12 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 	}
 }
 
+// waits reports whether a message that was alone, and met with a lock, waits for whoever
+// holds it: for its ID without end, for what its handler needs once.
+func (u unit) waits(culprit int) bool {
+	return u.unpark == nil && (culprit < 0 || !u.items[0].contested)
+}
+
 // run runs a transaction once: the claim, the handlers, COMMIT.
 func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	r.culprit = -1
@@ -112,9 +116,6 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 			c.claimParkedRow(b, u)
 		} else {
 			c.claim(b, u, &r.xid)
-		}
-		if later := u.handlerLockTimeout(); later != u.claimLockTimeout() {
-			b.Queue(lockTimeoutSQL, milliseconds(later))
 		}
 	})
 	c.reportDatabase(ctx, err)
@@ -173,11 +174,11 @@ func (c *Consumer) claim(b *pgx.Batch, u unit, xid *uint32) {
 			byKey[*key] = append(byKey[*key], m)
 		}
 	}
-	args := append([]any{c.cfg.Name, ids, digests}, c.limits(u)...)
+	args := append(append([]any{c.cfg.Name, ids, digests}, c.limits(u)...), milliseconds(u.handlerLockTimeout()))
 	b.Queue(recordAllSQL(c.cfg.Schema), args...).Query(func(rows pgx.Rows) error {
 		var id string
 		var txid int64
-		_, err := pgx.ForEachRow(rows, []any{&id, &txid}, func() error {
+		_, err := pgx.ForEachRow(rows, []any{&id, &txid, nil}, func() error {
 			byID[id].fate = handled
 			*xid = uint32(txid)
 			return nil
@@ -240,28 +241,29 @@ const (
 	// lockTimeout is shorter than callTimeout, so that a twin that holds the ID costs
 	// a statement and not a connection.
 	lockTimeout = callTimeout / 2
-	// A batch waits less for what another transaction holds, and its parts even less for an
-	// ID when it did so in vain: one of them may go on. Two batches that wait for each other
-	// end sooner than by PostgreSQL's deadlock_timeout, a second.
-	batchLockTimeout = 200 * time.Millisecond
-	partLockTimeout  = 20 * time.Millisecond
+	// A message waits less for an ID that another transaction holds: others can be handled
+	// meanwhile. So does a batch for what its handlers need: two that wait for each other end
+	// sooner than by PostgreSQL's deadlock_timeout, a second.
+	shortLockTimeout = 200 * time.Millisecond
+	// again, when that was in vain
+	againLockTimeout = 20 * time.Millisecond
 )
 
 // claimLockTimeout is how long the claim waits for an ID that another transaction holds.
 func (u unit) claimLockTimeout() time.Duration {
 	switch {
-	case u.patient:
+	case u.unpark != nil:
 		return lockTimeout
 	case slices.ContainsFunc(u.items, func(m *item) bool { return m.contested }):
-		return partLockTimeout
+		return againLockTimeout
 	}
-	return batchLockTimeout
+	return shortLockTimeout
 }
 
 // handlerLockTimeout is how long a handler waits for rows that another transaction holds.
 func (u unit) handlerLockTimeout() time.Duration {
 	if len(u.items) > 1 {
-		return batchLockTimeout
+		return shortLockTimeout
 	}
 	return lockTimeout
 }

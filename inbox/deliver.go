@@ -15,19 +15,38 @@ import (
 // the end.
 func (c *Consumer) work(ctx, workCtx context.Context, own <-chan *delivery) {
 	shared := c.queues[c.cfg.Workers]
+	w := &worker{Consumer: c, ctx: workCtx}
 	for {
+		var late <-chan time.Time
+		if len(w.late) > 0 {
+			late = time.After(lateEvery)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case d := <-own:
-			c.deliver(workCtx, c.gather(d, own, shared))
+			w.deliver(c.gather(d, own, shared))
 		case d := <-shared:
-			c.deliver(workCtx, c.gather(d, own, shared))
+			w.deliver(c.gather(d, own, shared))
 		case id := <-c.due:
 			c.handleAgain(ctx, workCtx, id)
+		case <-late:
 		}
+		w.settleLate()
 	}
 }
+
+// worker handles deliveries, one batch after another.
+type worker struct {
+	*Consumer
+	ctx    context.Context
+	live   context.Context // of the deliveries in hand
+	late   []*item         // what others hold waits here, with what follows it in its key
+	lateAt time.Time       // when that is tried
+}
+
+// lateEvery is how often what others hold is tried, at most, and for a fifth of the time.
+const lateEvery = 100 * time.Millisecond
 
 // gather returns d and what else has been delivered, up to a batch. It does not wait.
 func (c *Consumer) gather(d *delivery, queues ...<-chan *delivery) []*delivery {
@@ -48,23 +67,24 @@ func (c *Consumer) gather(d *delivery, queues ...<-chan *delivery) []*delivery {
 
 // deliver sees to it that deliveries are recorded with their effects, or parked, and
 // acknowledges them after that.
-func (c *Consumer) deliver(ctx context.Context, deliveries []*delivery) {
+func (w *worker) deliver(deliveries []*delivery) {
 	deliveries = slices.DeleteFunc(deliveries, func(d *delivery) bool { return d.live.Err() != nil })
 	if len(deliveries) == 0 {
 		return
 	}
-	r := &round{Consumer: c, ctx: ctx, live: deliveries[0].live, alone: len(deliveries) == 1}
+	w.live = deliveries[0].live
+	w.late = slices.DeleteFunc(w.late, func(m *item) bool { return m.deliveries[0].live.Err() != nil })
 	var items []*item // to be handled in one transaction
 	byID := make(map[string]*item, len(deliveries))
-	flush := func() { r.settle(items); items = nil; clear(byID) }
+	flush := func() { w.settle(items); items = nil; clear(byID) }
 	for _, d := range deliveries {
-		if r.live.Err() != nil {
+		if w.live.Err() != nil {
 			return
 		}
 		m := &item{envelope: newEnvelope(&d.Delivery), attempt: 1, deliveries: []*delivery{d}}
 		twin := byID[m.id()]
 		switch {
-		case c.setAside(m):
+		case w.setAside(m):
 		case twin != nil && twin.digest() == m.digest():
 			twin.deliveries = append(twin.deliveries, d)
 		case twin != nil:
@@ -72,32 +92,33 @@ func (c *Consumer) deliver(ctx context.Context, deliveries []*delivery) {
 			items, byID[m.id()] = append(items, m), m
 		case mayKill(d):
 			flush()
-			if r.live.Err() == nil && !r.isLate(m) {
-				r.parkKiller(m)
-			}
-		case c.prepareDelivered(ctx, r.live, m):
+			w.parkKiller(m)
+		case w.prepareDelivered(w.ctx, w.live, m):
 			items, byID[m.id()] = append(items, m), m
 		}
 	}
 	flush()
-	for _, m := range r.late {
-		switch {
-		case r.live.Err() != nil:
-			return
-		case mayKill(m.deliveries[0]):
-			r.parkKiller(m)
-		default:
-			r.settleOne(m)
-		}
-	}
 }
 
-// round is what a worker does with deliveries that it took at once.
-type round struct {
-	*Consumer
-	ctx, live context.Context
-	alone     bool    // there is one delivery: nothing else waits while it does
-	late      []*item // what others hold comes after all else, with what follows it in its key
+// settleLate tries what others hold, now and then.
+func (w *worker) settleLate() {
+	began := time.Now()
+	if len(w.late) == 0 || began.Before(w.lateAt) {
+		return
+	}
+	late := w.late
+	w.late = nil
+	for _, m := range late {
+		if w.live = m.deliveries[0].live; w.live.Err() != nil {
+			continue // it is delivered again
+		}
+		if mayKill(m.deliveries[0]) {
+			w.parkKiller(m)
+		} else {
+			w.settle([]*item{m})
+		}
+	}
+	w.lateAt = time.Now().Add(max(lateEvery, 4*time.Since(began)))
 }
 
 // setAside parks a message that is not to be handled, whatever is recorded of it, and
@@ -125,8 +146,10 @@ const carefulAfter = 3
 var errMayKill = errors.New("it was delivered and came back: its attempts are counted before they are made, in case it kills the process")
 
 // parkKiller parks a message that may have killed the process.
-func (r *round) parkKiller(m *item) {
-	r.park(r.live, m, false, parking{reason: reasonRetry, err: errMayKill})
+func (w *worker) parkKiller(m *item) {
+	if w.live.Err() == nil && !w.isLate(m) {
+		w.park(w.live, m, false, parking{reason: reasonRetry, err: errMayKill})
+	}
 }
 
 // mayKill reports whether a delivery was in hand of a process that died, perhaps because
@@ -144,75 +167,64 @@ func mayKill(d *delivery) bool {
 // settle sees to it that messages are on record, as applied or parked, and acknowledges
 // them: all in one transaction, or, when a handler fails, those before it, it alone, and
 // those after it; by halves if nobody knows whose fault it is.
-func (r *round) settle(items []*item) {
-	items = slices.DeleteFunc(items, r.isLate)
-	if len(items) == 0 || r.live.Err() != nil { // nothing of a key may follow what was not settled
+func (w *worker) settle(items []*item) {
+	items = slices.DeleteFunc(items, w.isLate)
+	if len(items) == 0 || w.live.Err() != nil { // nothing of a key may follow what was not settled
 		return
 	}
-	result := r.apply(r.ctx, r.live, unit{items: items, patient: r.alone})
+	result := w.apply(w.ctx, w.live, unit{items: items})
 	at := result.culprit
 	switch {
 	case result.verdict == applied:
-		r.batch.grow(len(items))
-		r.recorded(r.ctx, r.live, items, result.unknown)
+		w.batch.grow(len(items))
+		w.recorded(w.ctx, w.live, items, result.unknown)
 	case result.verdict == stopped:
 	case result.verdict == contested:
-		r.batch.shrink(len(items))
 		for _, m := range items {
 			m.contested = true
 		}
 		if len(items) == 1 {
-			r.late = append(r.late, items[0])
-		} else {
-			r.settleHalves(items)
-		}
-	case len(items) == 1:
-		r.failed(r.live, items[0], result.verdict == ended, result.err)
-	case result.verdict == ended:
-		// What it committed may say that those after it were handled.
-		if !r.forget(r.ctx, items[at+1:], result.xid) {
+			w.late = append(w.late, items[0])
 			return
 		}
-		r.settle(items[:at])
-		if at == 0 || r.live.Err() == nil {
-			r.failed(r.live, items[at], true, result.err)
-			r.settle(items[at+1:])
+		w.batch.shrink(len(items))
+		w.settleHalves(items)
+	case len(items) == 1:
+		w.failed(w.live, items[0], result.verdict == ended, result.err)
+	case result.verdict == ended:
+		// What it committed may say that those after it were handled.
+		if !w.forget(w.ctx, items[at+1:], result.xid) {
+			return
+		}
+		w.settle(items[:at])
+		if at == 0 || w.live.Err() == nil {
+			w.failed(w.live, items[at], true, result.err)
+			w.settle(items[at+1:])
 		}
 	case at >= 0:
-		r.settle(items[:at])
-		r.settle(items[at : at+1])
-		r.settle(items[at+1:])
+		w.settle(items[:at])
+		w.settle(items[at : at+1])
+		w.settle(items[at+1:])
 	default:
-		r.settleHalves(items)
+		w.settleHalves(items)
 	}
 }
 
 // settleHalves waits for a moment, so that whoever was in the way can go on.
-func (r *round) settleHalves(items []*item) {
-	_ = sleep(r.live, rand.N(10*time.Millisecond))
+func (w *worker) settleHalves(items []*item) {
+	_ = sleep(w.live, rand.N(10*time.Millisecond))
 	half := len(items) / 2
-	r.settle(items[:half])
-	r.settle(items[half:])
+	w.settle(items[:half])
+	w.settle(items[half:])
 }
 
 // isLate reports whether a message has to wait for another of its key, and puts it there.
-func (r *round) isLate(m *item) bool {
-	late := m.key() != "" && slices.ContainsFunc(r.late, func(other *item) bool { return other.key() == m.key() })
+func (w *worker) isLate(m *item) bool {
+	late := m.key() != "" && slices.ContainsFunc(w.late, func(other *item) bool { return other.key() == m.key() })
 	if late {
-		r.late = append(r.late, m)
+		w.late = append(w.late, m)
 	}
 	return late
-}
-
-// settleOne settles a message however long others hold what it needs.
-func (r *round) settleOne(m *item) {
-	result := r.apply(r.ctx, r.live, unit{items: []*item{m}, patient: true})
-	switch result.verdict {
-	case applied:
-		r.recorded(r.ctx, r.live, []*item{m}, result.unknown)
-	case failed, ended:
-		r.failed(r.live, m, result.verdict == ended, result.err)
-	}
 }
 
 // forget deletes the records of messages that a transaction made whose handler then ended

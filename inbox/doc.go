@@ -66,7 +66,9 @@
 // transaction, one INSERT for all IDs and one COMMIT. It waits for nothing: a trickle is
 // handled message by message. When a Handler fails, all is rolled back; those before it are
 // handled again, then it alone, then the rest. When others want the same rows at the same
-// time the consumer makes smaller batches for a while.
+// time the consumer makes smaller batches for a while. A message whose ID another
+// transaction holds is tried again every 100 ms, and after it those of its key; no others
+// wait for it.
 //
 // # What kills a process
 //

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -85,11 +86,19 @@ func TestBatchesOverTheSameRowsAdapt(t *testing.T) {
 	b.wantReady(t, 0)
 
 	naive := newHotRows(t, setup(t))
-	const fewer = n / 3 * 2 // it takes a second, PostgreSQL's deadlock_timeout, for 100 of them
+	const fewer = n / 3 // it takes a second, PostgreSQL's deadlock_timeout, for 100 of them
 	for from := 0; from < fewer; from += 2 * batch {
 		var consumers sync.WaitGroup
+		var halfway atomic.Int32 // where they wait for each other for a moment, lest one be done before the other begins
 		for i := range 2 {
-			consumers.Go(func() { naive.sameBatchAgain(t, from+i*batch, batch) })
+			consumers.Go(func() {
+				naive.sameBatchAgain(t, from+i*batch, batch, func() {
+					halfway.Add(1)
+					for until := time.Now().Add(200 * time.Millisecond); halfway.Load() < 2 && time.Now().Before(until); {
+						time.Sleep(time.Millisecond)
+					}
+				})
+			})
 		}
 		consumers.Wait()
 	}
@@ -102,7 +111,7 @@ func TestBatchesOverTheSameRowsAdapt(t *testing.T) {
 }
 
 // sameBatchAgain is the naive variant.
-func (h *hotRows) sameBatchAgain(t *testing.T, from, batch int) {
+func (h *hotRows) sameBatchAgain(t *testing.T, from, batch int, halfway func()) {
 	for {
 		err := pgx.BeginFunc(h.ctx, h.Pool, func(tx pgx.Tx) error {
 			for i := from; i < from+batch; i++ {
@@ -111,6 +120,9 @@ func (h *hotRows) sameBatchAgain(t *testing.T, from, batch int) {
 				}
 				if err := h.update(h.ctx, tx, fmt.Sprint(i)); err != nil {
 					return err
+				}
+				if i == from+batch/2 {
+					halfway()
 				}
 			}
 			return nil

@@ -46,7 +46,7 @@ func setupAt(t *testing.T, databaseURL string) *env {
 	t.Helper()
 	db := testenv.SchemaAt(t, databaseURL)
 	e := &env{DB: db, Recorder: inbox.Recorder{Schema: db.Schema}, ctx: testenv.Context(t)}
-	e.exec(t, "CREATE TABLE "+e.Table("effects")+" (message_id text NOT NULL, attempt integer, seq bigserial)")
+	e.exec(t, "CREATE TABLE "+e.Table("effects")+" (message_id text NOT NULL, attempt integer, seq bigint GENERATED ALWAYS AS IDENTITY)")
 	return e
 }
 

@@ -3,6 +3,7 @@ package inbox_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -270,5 +271,47 @@ func TestFollowersStayBehindWhatEndedItsTransactionLater(t *testing.T) {
 	err := b.QueryRow(b.ctx, "SELECT string_agg(message_id || ' ' || reason, ', ' ORDER BY id) FROM "+b.Table("inbox_parked")).Scan(&left)
 	if err != nil || left != "0 dead, 1 blocked, 2 blocked" {
 		t.Errorf("parked: %s, %v", left, err)
+	}
+}
+
+// Others hold the IDs of as many messages as there are workers, as a consumer does that stands
+// still. Those that come later do not wait.
+func TestIDsThatOthersHoldKeepNoWorkerWaiting(t *testing.T) {
+	t.Parallel()
+	for _, batch := range []int{1, 40} {
+		for _, workers := range []int{1, 3} {
+			t.Run(fmt.Sprintf("batch=%d workers=%d", batch, workers), func(t *testing.T) {
+				t.Parallel()
+				b := setupBroker(t)
+				tx, err := b.Begin(b.ctx)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer tx.Rollback(b.ctx)
+				for i := range workers {
+					id := fmt.Sprint("held ", i)
+					if _, err := b.Record(b.ctx, tx, consumer, id); err != nil {
+						t.Fatal(err)
+					}
+					b.publish(t, amqp.Publishing{MessageId: id})
+				}
+				cfg := b.config(t)
+				cfg.Batch, cfg.Workers = batch, workers
+				c := b.run(t, b.Pool, testenv.AMQPURL(t), b.apply, cfg)
+				b.delivered(t)
+				const n = 200
+				b.publish(t, numbered(n)...)
+				c.waitFor(t, "all others applied", func(s inbox.Stats) bool { return s.Applied == n })
+				if err := tx.Rollback(b.ctx); err != nil {
+					t.Fatal(err)
+				}
+				c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == uint64(n+workers) })
+				c.stop()
+				b.wantReady(t, 0)
+				if s := c.Stats(); s.Failures+s.Duplicates != 0 {
+					t.Errorf("%+v", s)
+				}
+			})
+		}
 	}
 }

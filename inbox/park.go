@@ -334,7 +334,7 @@ func (c *Consumer) handleAgain(live, ctx context.Context, id int64) {
 		return
 	}
 	unpark := statement{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}
-	r := c.apply(ctx, live, unit{[]*item{&p.item}, &unpark, true})
+	r := c.apply(ctx, live, unit{[]*item{&p.item}, &unpark})
 	switch {
 	case r.verdict == applied && (p.fate == handled || r.unknown):
 		c.count(func(s *Stats) { s.Applied++ })

@@ -33,7 +33,7 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		name, sql, args string
 		rows            int // that it wants
 	}{
-		{"record", recordAllSQL(schema), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000'`, 3},
+		{"record", recordAllSQL(schema), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3},
 		{"record_one", recordSQL(schema), `'c', 'new', 1`, 3},
 		{"digests", digestsSQL(schema), `'c', ARRAY['m70000', 'm140000']`, 3},
 		{"forget", forgetSQL(schema), `'c', ARRAY['m70000', 'm140000'], 1`, 3},

@@ -22,12 +22,13 @@ func recordSQL(schema string) string {
 
 // recordAllSQL is recordSQL for the messages $2 with the digests $3, in the order of their
 // IDs, lest two transactions wait for each other, within limits. It returns those that are
-// recorded for the first time, and the transaction.
+// recorded for the first time, and the transaction. When it has the first it sets the limit
+// for the locks of handlers.
 func recordAllSQL(schema string) string {
 	return `INSERT INTO ` + table(schema, "inbox") + ` (consumer, message_id, digest)
 	SELECT $1::text, m.id, m.digest FROM unnest($2::text[], $3::bigint[]) AS m(id, digest), ` + durably + `,
 		(SELECT ` + limits("$4", "$5", "$6") + `) AS limits
-	ORDER BY m.id COLLATE "C" ON CONFLICT DO NOTHING RETURNING message_id, txid_current()`
+	ORDER BY m.id COLLATE "C" ON CONFLICT DO NOTHING RETURNING message_id, txid_current(), set_config('lock_timeout', $7, true)`
 }
 
 // forgetSQL deletes those records of messages that transaction $3 made (inbox_pkey).
@@ -61,8 +62,6 @@ func limits(lock, idle, tcp string) string {
 	return `set_config('lock_timeout', ` + lock + `, true),
 	set_config('idle_in_transaction_session_timeout', ` + idle + `, true), set_config('tcp_user_timeout', ` + tcp + `, true)`
 }
-
-const lockTimeoutSQL = `SELECT set_config('lock_timeout', $1, true)`
 
 // ownedColumns are those of a parked message that owns its row in inbox.
 const ownedColumns = `(consumer, message_id, digest, key, reason, due_at, attempts, last_error, properties, headers, body)`
