@@ -245,7 +245,7 @@ const (
 	// meanwhile. So does a batch for what its handlers need: two that wait for each other end
 	// sooner than by PostgreSQL's deadlock_timeout, a second.
 	shortLockTimeout = 200 * time.Millisecond
-	// again, when that was in vain
+	// againLockTimeout is for what was waited for in vain before.
 	againLockTimeout = 20 * time.Millisecond
 )
 

@@ -14,7 +14,7 @@ type batchSize struct {
 	changed   time.Time
 }
 
-// growEvery is how slowly batches grow again: a step too far costs batchLockTimeout, and what
+// growEvery is how slowly batches grow again: a step too far costs shortLockTimeout, and what
 // has been done.
 const growEvery = time.Second
 

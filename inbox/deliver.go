@@ -212,7 +212,7 @@ func (w *worker) settle(items []*item) {
 
 // settleHalves waits for a moment, so that whoever was in the way can go on.
 func (w *worker) settleHalves(items []*item) {
-	_ = sleep(w.live, rand.N(10*time.Millisecond))
+	_ = sleep(w.live, rand.N(10*time.Millisecond)) // settle sees whether it has lapsed
 	half := len(items) / 2
 	w.settle(items[:half])
 	w.settle(items[half:])

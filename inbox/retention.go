@@ -30,7 +30,7 @@ func (c *Consumer) pruneOld(ctx context.Context) {
 // pruneOnce goes once through the records; what it cannot do the next one does.
 func (c *Consumer) pruneOnce(ctx context.Context) {
 	records := pruner{schema: c.cfg.Schema, olderThan: c.cfg.Horizon + pruneAfter, only: c.cfg.Name}
-	_ = records.run(ctx, c.db, func(pruned int64, err error) {
+	_ = records.run(ctx, c.db, func(pruned int64, err error) { // its error is one of these, or the end of ctx
 		c.reportDatabase(ctx, err)
 		c.count(func(s *Stats) { s.Pruned += uint64(pruned) })
 	})

@@ -118,7 +118,7 @@ func (s *suspects) admit(m *message) bool {
 	}
 	if now := time.Now(); m.parked && x.probe == nil && now.After(x.next) {
 		x.probe, x.chosenAt = m, now
-		m.alone = true
+		m.alone, m.patience = true, 0
 		if !isException(x.latest()) { // to which the answer comes at once
 			m.patience = silentAfter << min(x.failures, 10)
 		}
