@@ -295,14 +295,20 @@ func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m *item) (verdict, error
 		return stopped, err
 	case isDeliberate(err):
 		return failed, err
-	case isConflict(err):
+	case isConflict(err), isOutage(err), tx.Conn().IsClosed() && (!late || c.silent(ctx)):
 		return again, err
 	case late:
 		return failed, fmt.Errorf("not done after %s: %w", c.cfg.Timeout, err)
-	case tx.Conn().IsClosed():
-		return again, err
 	}
 	return failed, err
+}
+
+// silent reports whether the database does not answer, so that a handler which waited for
+// it too long is not to blame.
+func (c *Consumer) silent(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	defer cancel()
+	return c.db.Ping(ctx) != nil
 }
 
 // safely calls a function of the user's and makes an error of its panic. It does so in

@@ -96,7 +96,7 @@ type Consumer struct {
 	// key, from which all take. Each has room for all that RabbitMQ sends ahead.
 	queues []chan *delivery
 	batch  batchSize
-	due    chan int64    // parked messages to handle again
+	due    chan dueRow   // parked messages to handle again
 	wake   chan struct{} // one more message is parked
 
 	receiving, database side
@@ -138,7 +138,7 @@ func NewConsumer(db *pgxpool.Pool, amqpURL, queue string, h Handler, cfg Config)
 		db: db, dialer: dialer, queue: queue, handler: h, cfg: cfg,
 		log:    cfg.Logger.With("consumer", cfg.Name, "queue", queue),
 		queues: make([]chan *delivery, cfg.Workers+1),
-		due:    make(chan int64), wake: make(chan struct{}, 1),
+		due:    make(chan dueRow), wake: make(chan struct{}, 1),
 		stats: Stats{Parked: make(map[string]uint64)},
 	}
 	for _, reason := range []string{reasonRetry, reasonBlocked, reasonDead, reasonMissingID, reasonBadID, reasonConflict, reasonTooOld} {
@@ -231,10 +231,10 @@ func fieldError(field, format string, args ...any) error {
 
 // Run receives messages until ctx ends, and then returns nil: it stops receiving,
 // lets Handlers finish for at most Config.StopTimeout, and gives back to RabbitMQ
-// what was not begun. A database or broker that is away or refuses is waited
-// for, with a log line; only ErrSchema is returned, and at once an error if the Name
-// is in use for another queue of this process. All goroutines have ended
-// when Run returns; a Handler that does not heed its ctx delays that.
+// what was not begun. All goroutines have ended when it returns: a Handler that does
+// not heed its ctx delays that, a database that is silent by up to 10 s. A database
+// or broker that is away or refuses is waited for, with a log line; only ErrSchema is
+// returned, and at once an error if the Name is in use for another queue of this process.
 func (c *Consumer) Run(ctx context.Context) error {
 	if !c.running.CompareAndSwap(false, true) {
 		return errors.New("inbox: the Consumer is running already")

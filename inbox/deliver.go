@@ -28,8 +28,8 @@ func (c *Consumer) work(ctx, workCtx context.Context, own <-chan *delivery) {
 			w.deliver(c.gather(d, own, shared))
 		case d := <-shared:
 			w.deliver(c.gather(d, own, shared))
-		case id := <-c.due:
-			c.handleAgain(ctx, workCtx, id)
+		case row := <-c.due:
+			c.handleAgain(ctx, workCtx, row)
 		case <-late:
 		}
 		w.settleLate()

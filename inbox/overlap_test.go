@@ -181,7 +181,7 @@ func TestNothingOvertakesWhatCouldNotBeParked(t *testing.T) {
 	b.publish(t, keyed(n, "k")...)
 	b.giveBack(t, n+1)
 	server := newProxy(t, testenv.AMQPURL(t))
-	database := newProxy(t, withParam(t, withParam(t, b.URL, "sslmode", "disable"), "default_query_exec_mode", "exec"))
+	database := b.newDatabase(t)
 	var parks atomic.Int64
 	database.onWrite = func(sent []byte) (cut, swallow bool) {
 		if !bytes.Contains(sent, []byte("WITH first AS")) {

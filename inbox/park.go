@@ -249,16 +249,16 @@ func (c *Consumer) watchDue(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		ids, waiting, err := c.listDue(ctx)
-		for _, id := range ids {
+		due, waiting, err := c.listDue(ctx)
+		for _, row := range due {
 			select {
-			case c.due <- id:
+			case c.due <- row:
 			case <-ctx.Done():
 				return
 			}
 		}
 		switch {
-		case len(ids) == duePage:
+		case len(due) == duePage:
 			timer.Reset(dueAgain)
 		case waiting && err == nil:
 			timer.Reset(dueSoon)
@@ -268,10 +268,16 @@ func (c *Consumer) watchDue(ctx context.Context) {
 	}
 }
 
+// dueRow is a parked message that was due, and the attempts that had been made then.
+type dueRow struct {
+	id       int64
+	attempts int
+}
+
 // listDue returns the parked messages that are due, up to a page, and whether
 // any are waiting, due or not. It also notices that an idle consumer's database is
 // away or back.
-func (c *Consumer) listDue(ctx context.Context) (ids []int64, waiting bool, err error) {
+func (c *Consumer) listDue(ctx context.Context) (all []dueRow, waiting bool, err error) {
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	defer func() { c.reportDatabase(ctx, err) }()
@@ -279,16 +285,16 @@ func (c *Consumer) listDue(ctx context.Context) (ids []int64, waiting bool, err 
 	if err != nil {
 		return nil, false, err
 	}
-	var id int64
+	var row dueRow
 	var due bool
-	_, err = pgx.ForEachRow(rows, []any{&id, &due}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&row.id, &row.attempts, &due}, func() error {
 		waiting = true
 		if due {
-			ids = append(ids, id)
+			all = append(all, row)
 		}
 		return nil
 	})
-	return ids, waiting, err
+	return all, waiting, err
 }
 
 // unblockAll makes due what waits behind nothing, among the next keys after key,
@@ -309,13 +315,16 @@ type parkedMessage struct {
 }
 
 // handleAgain makes one more attempt at a parked message that was due.
-func (c *Consumer) handleAgain(live, ctx context.Context, id int64) {
+func (c *Consumer) handleAgain(live, ctx context.Context, row dueRow) {
 	if live.Err() != nil {
 		return
 	}
-	p, err := c.claimParked(ctx, id)
+	p, err := c.claimParked(ctx, row)
 	switch {
-	case p == nil: // another was faster, or the database is away; it is listed again
+	case errors.Is(err, pgx.ErrNoRows): // another was faster
+		return
+	case p == nil: // nobody knows whether it is claimed
+		c.persist(live, c.notMade(row.id, row.attempts+1))
 		return
 	case err != nil:
 		c.settleParked(live, p, failed, Reject(err))
@@ -346,14 +355,14 @@ func (c *Consumer) handleAgain(live, ctx context.Context, id int64) {
 
 // claimParked counts the attempt before it is made, so that a message which kills the
 // process does not do so for ever, and puts the row off until it must be over.
-// It returns nil if the row is not to be had.
-func (c *Consumer) claimParked(ctx context.Context, id int64) (*parkedMessage, error) {
+// It returns nil if the row is not to be had; an error of what is in it with it.
+func (c *Consumer) claimParked(ctx context.Context, row dueRow) (*parkedMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	p := &parkedMessage{id: id}
+	p := &parkedMessage{id: row.id}
 	var properties, headers []byte
 	over := 2*c.cfg.Timeout + 3*callTimeout // Before and the Handler
-	err := c.db.QueryRow(ctx, claimSQL(c.cfg.Schema), id, over.Seconds()).Scan(&p.token, &properties, &headers, &p.body)
+	err := c.db.QueryRow(ctx, claimSQL(c.cfg.Schema), row.id, over.Seconds(), row.attempts).Scan(&p.token, &properties, &headers, &p.body)
 	if err != nil {
 		return nil, err
 	}
@@ -368,18 +377,24 @@ func (c *Consumer) claimParked(ctx context.Context, id int64) (*parkedMessage, e
 // settleParked ends a claimed attempt that did not apply the message. If the row is not
 // there any more, somebody else has settled it.
 func (c *Consumer) settleParked(live context.Context, m *parkedMessage, v verdict, err error) {
-	p := c.judge(err, m.attempt)
-	if v == stopped { // no attempt after all
-		p = parking{reasonRetry, m.attempt - 1, 0, err}
-	} else {
-		c.count(func(s *Stats) { s.Failures++ })
-		c.sayFailure(m.envelope.id(), p.reason, m.attempt, err)
+	if v == stopped {
+		c.persist(live, c.notMade(m.id, m.token))
+		return
 	}
+	p := c.judge(err, m.attempt)
+	c.count(func(s *Stats) { s.Failures++ })
+	c.sayFailure(m.envelope.id(), p.reason, m.attempt, err)
 	s := statement{settleSQL(c.cfg.Schema), []any{m.id, m.token, p.reason, p.attempts, lastError(err), p.delay.Seconds()}}
 	if v == ended {
 		s = statement{parkEndedAgainSQL(c.cfg.Schema), append(c.parkArgs(m.envelope, p), m.id)}
 	}
-	if rows, ok := c.persist(live, s); ok && rows > 0 && v != stopped {
+	if rows, ok := c.persist(live, s); ok && rows > 0 {
 		c.parked(p.reason)
 	}
+}
+
+// notMade gives a claimed attempt back. If another consumer has claimed that one, its
+// transaction finds so: at worst an attempt more is made.
+func (c *Consumer) notMade(id int64, token int) statement {
+	return statement{settleSQL(c.cfg.Schema), []any{id, token, reasonRetry, token - 1, nil, 0.0}}
 }

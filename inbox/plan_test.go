@@ -46,7 +46,7 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		{"park_unowned", parkUnownedSQL(schema), `'c', 'm1', 'too_old', 1, 'e', '', '', ''`, 3},
 		{"unblock", unblockSQL(schema), `'c', 'most'`, 3},
 		{"unblock_all", unblockAllSQL(schema), `'c', 'k5', 20`, 20},
-		{"claim", claimSQL(schema), `70000, 60`, 3},
+		{"claim", claimSQL(schema), `70000, 60, 0`, 3},
 		{"unpark", unparkSQL(schema), `70000, 0`, 3},
 		{"settle", settleSQL(schema), `70000, 0, 'retry', 1, 'e', 1`, 3},
 		{"prune", pruneSQL(schema, true), `'c', 'm5', 1, 100, 'c'`, 100},

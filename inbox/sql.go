@@ -127,7 +127,7 @@ func first(schema, consumer, key string) string {
 // It is planned whenever it runs, and has a range and a coalesce, lest it sort all and look
 // for each one's key: the planner thinks that many pass these, and few an = and an OR.
 func dueSQL(schema string) string {
-	return `SELECT id, due_at <= statement_timestamp() FROM ` + table(schema, "inbox_parked") + ` AS p
+	return `SELECT id, attempts, due_at <= statement_timestamp() FROM ` + table(schema, "inbox_parked") + ` AS p
 	WHERE due_at IS NOT NULL AND (consumer, due_at) >= ($1::text, '-infinity') AND (consumer, due_at) <= ($1, 'infinity')
 		AND coalesce(id = ` + first(schema, "p.consumer", "p.key") + `, true)
 	ORDER BY consumer, due_at LIMIT $2`
@@ -176,12 +176,13 @@ func unblockAllSQL(schema string) string {
 }
 
 // claimSQL counts an attempt before it is made, and puts the row off until it
-// must be over (inbox_parked_pkey). No row: somebody else has it.
+// must be over (inbox_parked_pkey). No row: somebody else has it, or has had it since it
+// was listed with $3 attempts.
 func claimSQL(schema string) string {
 	parked := table(schema, "inbox_parked")
 	return `UPDATE ` + parked + ` SET attempts = attempts + 1,
 		due_at = clock_timestamp() + make_interval(secs => $2::float8)
-	WHERE id = (SELECT id FROM ` + parked + ` WHERE id = $1 AND due_at <= statement_timestamp() FOR UPDATE SKIP LOCKED)
+	WHERE id = (SELECT id FROM ` + parked + ` WHERE id = $1 AND attempts = $3 AND due_at <= statement_timestamp() FOR UPDATE SKIP LOCKED)
 	RETURNING attempts, properties, headers, body`
 }
 
@@ -193,10 +194,10 @@ func unparkSQL(schema string) string {
 	return `DELETE FROM ` + table(schema, "inbox_parked") + ` WHERE id = $1 AND attempts = $2 AND reason = 'retry'`
 }
 
-// settleSQL ends a claimed attempt that failed (inbox_parked_pkey). attempts
-// tells this attempt from a later one.
+// settleSQL ends a claimed attempt that failed, or, without an error, was not made
+// (inbox_parked_pkey). attempts tells this attempt from a later one.
 func settleSQL(schema string) string {
-	return `UPDATE ` + table(schema, "inbox_parked") + ` SET reason = $3, attempts = $4, last_error = $5,
+	return `UPDATE ` + table(schema, "inbox_parked") + ` SET reason = $3, attempts = $4, last_error = coalesce($5, last_error),
 		due_at = CASE WHEN $3 = 'retry' THEN clock_timestamp() + make_interval(secs => $6::float8) END
 	WHERE id = $1 AND attempts = $2 AND reason = 'retry'`
 }

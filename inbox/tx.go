@@ -27,6 +27,8 @@ var (
 const (
 	// callTimeout bounds each call to a server that is not the handler's.
 	callTimeout = 10 * time.Second
+	// answerTimeout is how long a database that is asked nothing may take to answer.
+	answerTimeout = time.Second
 	// rollbackTimeout bounds what is still done after a context has ended.
 	rollbackTimeout = 5 * time.Second
 )
@@ -111,6 +113,13 @@ func refused(err error) bool {
 func isConflict(err error) bool {
 	code := sqlState(err)
 	return (code == "40001" || code == "40P01") && !errors.Is(err, ErrTxEnded)
+}
+
+// isOutage reports whether err says that the server lacks what it needs, or takes no writes,
+// whoever asks.
+func isOutage(err error) bool {
+	code := sqlState(err)
+	return (strings.HasPrefix(code, "53") || code == "25006") && !errors.Is(err, ErrTxEnded)
 }
 
 // isContested reports whether err says that others want the same rows at the same time.

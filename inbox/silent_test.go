@@ -1,0 +1,100 @@
+package inbox_test
+
+import (
+	"bytes"
+	"context"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/txbox/txbox/inbox"
+	"github.com/txbox/txbox/internal/testenv"
+)
+
+// newDatabase returns a proxy of the database whose clients send statements as text.
+func (b *broker) newDatabase(t *testing.T) *proxy {
+	return newProxy(t, withParam(t, withParam(t, b.URL, "sslmode", "disable"), "default_query_exec_mode", "exec"))
+}
+
+// The database says nothing for longer than a handler may take.
+func TestASilentDatabaseSpendsNoAttempt(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	database := b.newDatabase(t)
+	cfg := b.config(t)
+	cfg.Timeout, cfg.MaxAttempts = 100*time.Millisecond, 1
+	speaks, timedOut := make(chan struct{}), make(chan struct{})
+	var silent atomic.Bool
+	database.onWrite = func([]byte) (cut, swallow bool) {
+		if silent.Load() {
+			<-speaks
+		}
+		return false, false
+	}
+	c := b.run(t, b.pool(t, database.url), testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		if silent.CompareAndSwap(false, true) {
+			defer close(timedOut)
+		}
+		return b.apply(ctx, tx, m)
+	}, cfg)
+	b.publish(t, numbered(1)...)
+	<-timedOut
+	time.AfterFunc(1500*time.Millisecond, func() { close(speaks) }) // longer than is waited to know that it is silent
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied+s.Parked["dead"] == 1 })
+	c.stop()
+	if s := c.Stats(); s.Failures != 0 || s.Applied != 1 {
+		t.Errorf("%+v", s)
+	}
+}
+
+// The server's disk is full, or it has become one that takes no writes.
+func TestAServerThatCannotWorkSpendsNoAttempt(t *testing.T) {
+	t.Parallel()
+	for _, code := range []string{"53100", "25006"} {
+		b := setupBroker(t)
+		cfg := b.config(t)
+		cfg.MaxAttempts = 1
+		var runs atomic.Int64
+		c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+			if runs.Add(1) < 4 {
+				_, err := tx.Exec(ctx, "DO $$ BEGIN RAISE SQLSTATE '"+code+"'; END $$")
+				return err
+			}
+			return b.apply(ctx, tx, m)
+		}, cfg)
+		b.publish(t, numbered(1)...)
+		c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied+s.Parked["dead"] == 1 })
+		c.stop()
+		if s := c.Stats(); s.Failures != 0 || s.Applied != 1 {
+			t.Errorf("%s: %+v", code, s)
+		}
+	}
+}
+
+// The connection is lost while a parked message is claimed: the attempt may have been counted.
+func TestALostClaimSpendsNoAttemptAndNoTime(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	database := b.newDatabase(t)
+	var claims atomic.Int64
+	database.onWrite = func(sent []byte) (cut, swallow bool) {
+		claim := bytes.Contains(sent, []byte("SET attempts = attempts + 1"))
+		return false, claim && claims.Add(1) == 1
+	}
+	cfg := b.config(t)
+	cfg.MaxAttempts = 2
+	c := b.run(t, b.pool(t, database.url), testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		if m.Attempt == 1 {
+			return errTest
+		}
+		return b.apply(ctx, tx, m)
+	}, cfg)
+	b.publish(t, numbered(1)...)
+	c.waitFor(t, "applied", func(s inbox.Stats) bool { return s.Applied == 1 }) // a claim lasts longer than that
+	c.stop()
+	if s := c.Stats(); s.Failures != 1 || claims.Load() != 2 {
+		t.Errorf("%d claims, %+v", claims.Load(), s)
+	}
+}
