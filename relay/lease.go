@@ -261,10 +261,18 @@ func (l *leases) giveUp(ctx context.Context, share int) error {
 	return nil
 }
 
+// release runs again if the session is to be serializable, and a renewal that was cut short
+// is still under way.
 func (l *leases) release(ctx context.Context, owner uuid.UUID, ids []int16, leaving bool) error {
-	_, err := l.db.Exec(ctx, l.sql.release, unplanned, owner, ids, leaving)
-	return err
+	for {
+		_, err := l.db.Exec(ctx, l.sql.release, unplanned, owner, ids, leaving)
+		if !hasCode(err, "40001") || pause(ctx, conflictPause) != nil {
+			return err
+		}
+	}
 }
+
+const conflictPause = 10 * time.Millisecond
 
 // leave frees the lanes of which nothing is under way, and says good-bye: the
 // next owners start at once. The others' lease is left to run out.

@@ -7,6 +7,9 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/txbox/txbox/internal/testenv"
 )
@@ -151,5 +154,40 @@ func TestLaneIsDrainedForALeaseAtMost(t *testing.T) {
 	s.must(b.once(s.ctx, true))
 	if n := inMemory(b); n != lanes/2 {
 		t.Errorf("%d lanes were released, not %d", n, lanes/2)
+	}
+}
+
+// A renewal that was cut short is still under way when the relay leaves, in a session that is
+// serializable by default.
+func TestLanesAreReleasedBehindALateRenewal(t *testing.T) {
+	t.Parallel()
+	s := newSharers(t, 1)
+	l := s.all[0]
+	s.must(l.once(s.ctx, true))
+	config := s.db.Config()
+	config.ConnConfig.RuntimeParams["default_transaction_isolation"] = "serializable"
+	db, err := pgxpool.NewWithConfig(s.ctx, config)
+	s.must(err)
+	defer db.Close()
+	l.db = db
+	renewal, err := s.db.Begin(s.ctx)
+	s.must(err)
+	defer renewal.Rollback(s.ctx)
+	_, err = renewal.Exec(s.ctx, "UPDATE "+s.db.Table("outbox_relay")+" SET leased_until = leased_until + interval '1 s'")
+	s.must(err)
+	left := make(chan error, 1)
+	go func() { left <- l.leave(s.ctx) }()
+	testenv.Eventually(t, 10*time.Second, "it waits for the row", func() bool {
+		var waits bool
+		s.must(s.db.QueryRow(s.ctx, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%')",
+			s.db.Table("outbox_relay")).Scan(&waits))
+		return waits
+	})
+	s.must(renewal.Commit(s.ctx))
+	s.must(<-left)
+	var free int
+	s.must(s.db.QueryRow(s.ctx, "SELECT count(*) FROM "+s.db.Table("outbox_lane")+" WHERE owner IS NULL").Scan(&free))
+	if free != lanes {
+		t.Errorf("%d lanes are free", free)
 	}
 }

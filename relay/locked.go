@@ -120,9 +120,12 @@ func byHalves[T any](rows []T, write func(rows []T, wait string) error) (locked 
 }
 
 // isLocked says that a statement gave up, since somebody has locked a row.
-func isLocked(err error) bool {
+func isLocked(err error) bool { return hasCode(err, "55P03") }
+
+// hasCode says that PostgreSQL answered with an SQLSTATE.
+func hasCode(err error, code string) bool {
 	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && pgErr != nil && pgErr.Code == "55P03"
+	return errors.As(err, &pgErr) && pgErr != nil && pgErr.Code == code
 }
 
 // byKey puts the verdicts of each key together, in their order. If one of them cannot be

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -121,11 +120,10 @@ func (r *reader) once(ctx context.Context) (more bool, err error) {
 		return false, nil
 	}
 	more, err = r.readAll(ctx, ours)
-	var cancelled *pgconn.PgError
 	switch {
 	case err == nil:
 		r.slow = 0
-	case errors.As(err, &cancelled) && cancelled != nil && cancelled.Code == "57014":
+	case hasCode(err, "57014"): // cancelled
 	default:
 		if errors.Is(err, context.DeadlineExceeded) {
 			r.slow++
