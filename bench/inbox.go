@@ -22,7 +22,8 @@ const (
 )
 
 // consume: from a full queue to effects, with a handler that writes one row, beside the
-// same consumer without an inbox, one transaction per message.
+// same consumer without an inbox, one transaction per message. In batches the row goes
+// through the pipeline; batch_exec shows the handler that waits for each.
 func consume(ctx context.Context, b *bench) ([]Result, error) {
 	p, err := newPlace(ctx, b.databaseURL, b.amqpURL, "inbox")
 	if err != nil {
@@ -38,16 +39,18 @@ func consume(ctx context.Context, b *bench) ([]Result, error) {
 		n      int
 		batch  int
 		dup    bool
+		piped  bool
 		target float64
 	}{
-		{"single", inboxMessages, 1, false, 0.95},
-		{"batch", inboxBatched, 100, false, 5.0},
-		{"single_dup50", inboxMessages, 1, true, 0.95},
-		{"batch_dup50", inboxBatched, 100, true, 5.0},
+		{"single", inboxMessages, 1, false, false, 0.95},
+		{"batch", inboxBatched, 100, false, true, 5.0},
+		{"batch_exec", inboxBatched, 100, false, false, 5.0},
+		{"single_dup50", inboxMessages, 1, true, false, 0.95},
+		{"batch_dup50", inboxBatched, 100, true, true, 5.0},
 	} {
 		var rounds []Round
 		for range b.rounds {
-			ours, used, err := p.consumed(ctx, c.n, c.batch, c.dup)
+			ours, used, err := p.consumed(ctx, c.n, c.batch, c.dup, c.piped)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", c.metric, err)
 			}
@@ -119,7 +122,7 @@ func (p *place) pool(ctx context.Context) (*pgxpool.Pool, error) {
 }
 
 // consumed returns how many deliveries a second our consumer settles, and the processor time.
-func (p *place) consumed(ctx context.Context, n, batch int, dup bool) (rate float64, used string, err error) {
+func (p *place) consumed(ctx context.Context, n, batch int, dup, piped bool) (rate float64, used string, err error) {
 	queue, err := p.filled(ctx, "ours", n, dup)
 	if err != nil {
 		return 0, "", err
@@ -131,6 +134,10 @@ func (p *place) consumed(ctx context.Context, n, batch int, dup bool) (rate floa
 	defer db.Close()
 	effect := p.effectSQL()
 	c, err := inbox.NewConsumer(db, p.amqpURL, queue, func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		if piped {
+			inbox.Pipeline(tx).Queue(effect, m.ID)
+			return nil
+		}
 		_, err := tx.Exec(ctx, effect, m.ID)
 		return err
 	}, inbox.Config{Schema: p.schema, Name: "bench", Workers: inboxWorkers, Batch: batch, Prefetch: 2 * inboxWorkers * max(batch, 25), Logger: slog.New(slog.DiscardHandler)})

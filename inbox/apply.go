@@ -129,6 +129,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		r.verdict, r.err = again, err
 		return r
 	}
+	g := newGuard(tx)
 	for i, m := range u.items {
 		if m.fate != handled {
 			continue
@@ -137,15 +138,20 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 			r.verdict = unprepared
 			return r
 		}
-		some = true
-		if r.verdict, r.err = c.call(ctx, tx, m); r.verdict != applied {
-			r.culprit = i
+		some, g.pipeline.at = true, i
+		if r.verdict, r.err = c.call(ctx, g, m); r.verdict != applied {
+			r.culprit = g.culprit()
 			return r
 		}
 	}
-	if some {
-		r.verdict, r.err = c.commit(ctx, tx)
+	if !some {
+		return r
 	}
+	if r.verdict, r.err = c.flush(ctx, g); r.verdict != applied {
+		r.culprit = g.culprit()
+		return r
+	}
+	r.verdict, r.err = c.commit(ctx, tx)
 	return r
 }
 
@@ -276,16 +282,31 @@ func (c *Consumer) limits(u unit) []any {
 func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
 
 // call calls the handler and judges what it did; applied is yet to be committed.
-func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m *item) (verdict, error) {
-	handlerCtx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
-	defer cancel()
-	valued := handlerCtx
-	if m.before != nil {
-		valued = handlerContext{handlerCtx, m.before}
+func (c *Consumer) call(ctx context.Context, g *guard, m *item) (verdict, error) {
+	return c.judged(ctx, g, "the handler", func(handlerCtx context.Context) error {
+		if m.before != nil {
+			handlerCtx = handlerContext{handlerCtx, m.before}
+		}
+		err := c.handler(handlerCtx, g, m.message(m.attempt))
+		g.pipeline.settle()
+		return err
+	})
+}
+
+// flush sends what handlers have left in the pipeline, and judges that likewise.
+func (c *Consumer) flush(ctx context.Context, g *guard) (verdict, error) {
+	if g.pipeline.Len() == 0 {
+		return applied, nil
 	}
-	guarded := newGuard(tx)
-	err := guarded.check(safely("the handler", func() error { return c.handler(valued, guarded, m.message(m.attempt)) }))
-	late := handlerCtx.Err() != nil
+	return c.judged(ctx, g, "a queued statement", g.flush)
+}
+
+// judged calls a function of the user's for Config.Timeout at most.
+func (c *Consumer) judged(ctx context.Context, g *guard, what string, fn func(context.Context) error) (verdict, error) {
+	fnCtx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	defer cancel()
+	err := g.check(safely(what, func() error { return fn(fnCtx) }))
+	late := fnCtx.Err() != nil
 	switch {
 	case err == nil:
 		return applied, nil
@@ -295,7 +316,7 @@ func (c *Consumer) call(ctx context.Context, tx pgx.Tx, m *item) (verdict, error
 		return stopped, err
 	case isDeliberate(err):
 		return failed, err
-	case isConflict(err), isOutage(err), tx.Conn().IsClosed() && (!late || c.silent(ctx)):
+	case isConflict(err), isOutage(err), g.Conn().IsClosed() && (!late || c.silent(ctx)):
 		return again, err
 	case late:
 		return failed, fmt.Errorf("not done after %s: %w", c.cfg.Timeout, err)

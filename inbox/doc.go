@@ -70,6 +70,9 @@
 // transaction holds is tried again every 100 ms, and after it those of its key; no others
 // wait for it.
 //
+// What a Handler sends through tx is a round trip for each message. Statements that need no
+// answer go through [Pipeline], all of a transaction in one.
+//
 // # What kills a process
 //
 // A message that comes back again and again, three times from a quorum queue, once from a

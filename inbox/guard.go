@@ -21,52 +21,73 @@ var (
 // out by check.
 type guard struct {
 	pgx.Tx
-	nested bool  // a savepoint, which the handler may end
-	tried  *bool // to end the transaction
+	nested   bool  // a savepoint, which the handler may end
+	over     bool  // it has
+	tried    *bool // to end the transaction
+	pipeline *pipeline
 }
 
-func newGuard(tx pgx.Tx) *guard { return &guard{Tx: tx, tried: new(bool)} }
+func newGuard(tx pgx.Tx) *guard { return &guard{Tx: tx, tried: new(bool), pipeline: &pipeline{}} }
 
 func (g *guard) Begin(ctx context.Context) (pgx.Tx, error) {
+	if err := g.flush(ctx); err != nil {
+		return nil, err
+	}
 	tx, err := g.Tx.Begin(ctx)
 	if err != nil {
 		return nil, err
 	}
-	return &guard{Tx: tx, nested: true, tried: g.tried}, nil
+	return &guard{Tx: tx, nested: true, tried: g.tried, pipeline: g.pipeline}, nil
 }
 
 func (g *guard) Commit(ctx context.Context) error {
-	if g.nested {
-		return g.Tx.Commit(ctx)
+	if !g.nested {
+		return g.refuse()
 	}
-	return g.refuse()
+	if err := g.flush(ctx); err != nil {
+		return err
+	}
+	g.over = true
+	return g.Tx.Commit(ctx)
 }
 
 func (g *guard) Rollback(ctx context.Context) error {
-	if g.nested {
-		return g.Tx.Rollback(ctx)
+	if !g.nested {
+		return g.refuse()
 	}
-	return g.refuse()
+	if !g.over {
+		g.pipeline.drop()
+	}
+	g.over = true
+	return g.Tx.Rollback(ctx)
 }
 
 func (g *guard) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
 	if endsTx(sql) {
 		return pgconn.CommandTag{}, g.refuse()
 	}
+	if err := g.flush(ctx); err != nil {
+		return pgconn.CommandTag{}, err
+	}
 	return g.Tx.Exec(ctx, sql, args...)
 }
 
 func (g *guard) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	if endsTx(sql) {
-		return noRows{}, g.refuse()
+		return noRows{err: g.refuse()}, errTxControl
+	}
+	if err := g.flush(ctx); err != nil {
+		return noRows{err: err}, err
 	}
 	return g.Tx.Query(ctx, sql, args...)
 }
 
 func (g *guard) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if endsTx(sql) {
-		_ = g.refuse() // Scan returns it
-		return noRows{}
+		return noRows{err: g.refuse()}
+	}
+	if err := g.flush(ctx); err != nil {
+		return noRows{err: err}
 	}
 	return g.Tx.QueryRow(ctx, sql, args...)
 }
@@ -74,6 +95,9 @@ func (g *guard) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 func (g *guard) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
 	if endsTx(sql) {
 		return nil, g.refuse()
+	}
+	if err := g.flush(ctx); err != nil {
+		return nil, err
 	}
 	return g.Tx.Prepare(ctx, name, sql)
 }
@@ -84,7 +108,17 @@ func (g *guard) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 			return pgx.FailedBatchResults(b, g.refuse())
 		}
 	}
+	if err := g.flush(ctx); err != nil {
+		return pgx.FailedBatchResults(b, err)
+	}
 	return g.Tx.SendBatch(ctx, b)
+}
+
+func (g *guard) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, rows pgx.CopyFromSource) (int64, error) {
+	if err := g.flush(ctx); err != nil {
+		return 0, err
+	}
+	return g.Tx.CopyFrom(ctx, table, columns, rows)
 }
 
 func (g *guard) refuse() error {
@@ -92,14 +126,17 @@ func (g *guard) refuse() error {
 	return errTxControl
 }
 
-// noRows is the result of a query that was refused. As in pgx it can be read
+// noRows is the result of a query that was not sent. As in pgx it can be read
 // although Query returned an error.
-type noRows struct{ pgx.Rows }
+type noRows struct {
+	pgx.Rows
+	err error
+}
 
 func (noRows) Close()                        {}
 func (noRows) Next() bool                    { return false }
-func (noRows) Scan(...any) error             { return errTxControl }
-func (noRows) Err() error                    { return errTxControl }
+func (n noRows) Scan(...any) error           { return n.err }
+func (n noRows) Err() error                  { return n.err }
 func (noRows) CommandTag() pgconn.CommandTag { return pgconn.CommandTag{} }
 
 // check turns what the handler returned into what became of the transaction: nil
@@ -115,6 +152,8 @@ func (g *guard) check(err error) error {
 		err = errors.Join(ErrTxEnded, err)
 	case err == nil && *g.tried:
 		err = errTxControl
+	case err == nil && g.pipeline.err != nil:
+		err = g.pipeline.err
 	case err == nil && conn.IsBusy():
 		err = errors.New("the handler left rows of a query open")
 	case err == nil && conn.TxStatus() == 'E':
@@ -124,7 +163,6 @@ func (g *guard) check(err error) error {
 }
 
 var (
-	mayEnd      = regexp.MustCompile(`(?i)\b(commit|end|abort|rollback|prepare)\b`)
 	ends        = regexp.MustCompile(`(?i)^\s*(commit|end|abort|rollback|prepare\s+transaction)\b`)
 	toSavepoint = regexp.MustCompile(`(?i)^\s*rollback(\s+work|\s+transaction)?\s+to\b`)
 	dollarQuote = regexp.MustCompile(`^\$([A-Za-z_][A-Za-z0-9_]*)?\$`)
@@ -132,11 +170,36 @@ var (
 
 // endsTx reports whether one of the statements in sql ends the transaction.
 func endsTx(sql string) bool {
-	if !mayEnd.MatchString(sql) { // most of all statements
+	if !mayEnd(sql) { // most of all statements
 		return false
 	}
 	for _, statement := range strings.Split(bare(sql), ";") {
 		if ends.MatchString(statement) && !toSavepoint.MatchString(statement) {
+			return true
+		}
+	}
+	return false
+}
+
+// mayEnd reports whether one of the words that end a transaction stands somewhere in sql.
+func mayEnd(sql string) bool {
+	for i := range len(sql) {
+		word := ""
+		switch sql[i] | 0x20 { // in lower case
+		case 'c':
+			word = "commit"
+		case 'e':
+			word = "end"
+		case 'a':
+			word = "abort"
+		case 'r':
+			word = "rollback"
+		case 'p':
+			word = "prepare"
+		default:
+			continue
+		}
+		if len(sql)-i >= len(word) && strings.EqualFold(sql[i:i+len(word)], word) {
 			return true
 		}
 	}

@@ -73,7 +73,11 @@ func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(con
 		return false, nil
 	}
 	guarded := newGuard(tx)
-	if err := guarded.check(sound(fn(ctx, guarded))); err != nil {
+	err = guarded.check(sound(fn(ctx, guarded)))
+	if err == nil {
+		err = guarded.check(guarded.flush(ctx))
+	}
+	if err != nil {
 		return false, fmt.Errorf("handle: %w", err)
 	}
 	if err := commit(ctx, tx); err != nil {

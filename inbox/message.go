@@ -34,7 +34,8 @@ type Message struct {
 // if and only if it returns nil: tx also holds the record of the message, and is
 // committed or rolled back after the Handler returned. Of tx it can use everything,
 // such as outbox.Write, except Commit, Rollback and statements that do the same;
-// one that gets round that makes the message dead, whatever was committed.
+// one that gets round that makes the message dead, whatever was committed. See Pipeline
+// for statements that need no answer.
 //
 // An error or a panic parks the message in the table inbox_parked, to be handled
 // again later, and acknowledges it to RabbitMQ; see Reject and RetryAfter. The

@@ -1,0 +1,88 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Pipeline returns a batch for the statements of a handler that needs no answer to them.
+// They are sent together with those of the other messages of a transaction, when all
+// handlers have returned or one of them uses tx, and so cost no round trip each:
+//
+//	inbox.Pipeline(tx).Queue("INSERT INTO receipts VALUES ($1)", m.ID)
+//	err := outbox.Queue(ctx, inbox.Pipeline(tx), receipt)
+//
+// What fails is the failure of the message whose handler queued it, as if that had returned
+// the error. So is what fails in a function that is given to a queued statement, such as
+// one that counts the rows affected. Statements run in the order in which they were
+// queued, before any that a handler sends through tx afterwards; tx.Conn does not see them.
+//
+// tx is the transaction that a Handler or the function of Handle was given, or one begun in
+// it; Pipeline panics if it is another. The batch is not to be used after the handler has
+// returned.
+func Pipeline(tx pgx.Tx) *pgx.Batch {
+	g, ok := tx.(*guard)
+	if !ok {
+		panic("inbox: Pipeline: tx is not the transaction that the handler was given")
+	}
+	return &g.pipeline.Batch
+}
+
+// pipeline holds the statements of a transaction that are yet to be sent.
+type pipeline struct {
+	pgx.Batch
+	at      int   // the index of the message whose handler runs
+	of      []int // whose each statement is
+	err     error // of the first that failed,
+	culprit int   // and whose that was; -1: nobody knows
+}
+
+// settle notes whose the statements are that were queued since.
+func (p *pipeline) settle() {
+	for len(p.of) < p.Len() {
+		p.of = append(p.of, p.at)
+	}
+}
+
+// drop forgets what a savepoint is rolled back with.
+func (p *pipeline) drop() { p.Batch, p.of, p.err = pgx.Batch{}, nil, nil }
+
+// flush sends what is queued, and returns the error of it, or of an earlier flush.
+func (g *guard) flush(ctx context.Context) error {
+	p := g.pipeline
+	p.settle()
+	if p.err != nil || p.Len() == 0 {
+		return p.err
+	}
+	batch, of := p.Batch, p.of
+	p.Batch, p.of, p.culprit = pgx.Batch{}, nil, -1
+	for i, q := range batch.QueuedQueries {
+		if endsTx(q.SQL) {
+			p.err, p.culprit = g.refuse(), of[i]
+			return p.err
+		}
+		read := q.Fn
+		q.Fn = func(results pgx.BatchResults) (err error) {
+			p.culprit = of[i]
+			if read != nil {
+				return read(results)
+			}
+			_, err = results.Exec()
+			return err
+		}
+	}
+	p.err = errors.New("a function given to a queued statement did not return")
+	p.err = sound(g.Tx.SendBatch(ctx, &batch).Close())
+	return p.err
+}
+
+// culprit returns whose fault a failure is: that of the message whose handler runs, unless
+// it met with that of a statement of an earlier one.
+func (g *guard) culprit() int {
+	if p := g.pipeline; p.err != nil {
+		return p.culprit
+	}
+	return g.pipeline.at
+}

@@ -1,0 +1,246 @@
+package inbox_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	amqp "github.com/rabbitmq/amqp091-go"
+
+	"github.com/txbox/txbox/inbox"
+	"github.com/txbox/txbox/internal/testenv"
+	"github.com/txbox/txbox/outbox"
+)
+
+// pipeline leaves the effect of a message in the pipeline.
+func (e *env) pipeline(tx pgx.Tx, id string) *pgx.QueuedQuery {
+	return inbox.Pipeline(tx).Queue(e.effectSQL(), id)
+}
+
+func TestPipelinedStatementsTakeNoRoundTripEach(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	database := newProxy(t, withParam(t, b.URL, "sslmode", "disable"))
+	const n = 100
+	var writes, before atomic.Int64
+	database.onWrite = func([]byte) (cut, swallow bool) {
+		writes.Add(1)
+		return false, false
+	}
+	cfg := b.config(t)
+	cfg.Batch, cfg.Workers, cfg.Prefetch = n, 1, n
+	h, inHand, goOn := holding(func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		before.CompareAndSwap(0, writes.Load())
+		b.pipeline(tx, m.ID)
+		return nil
+	})
+	c := b.run(t, b.pool(t, database.url), testenv.AMQPURL(t), h, cfg)
+	b.publish(t, amqp.Publishing{MessageId: "hold"})
+	<-inHand
+	b.publish(t, keyed(n-1, "k")...)
+	b.delivered(t)
+	goOn()
+	c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == n })
+	c.stop()
+	if made := writes.Load() - before.Load(); made > n/4 {
+		t.Errorf("%d writes to the database for %d messages", made, n)
+	}
+	b.exec(t, "DELETE FROM "+b.Table("inbox")+" WHERE message_id = 'hold'")
+	b.wantEffectsInOrder(t, n-1)
+}
+
+func TestAPipelinedStatementFailsItsMessageAlone(t *testing.T) {
+	t.Parallel()
+	for what, fail := range map[string]func(tx pgx.Tx){
+		"statement": func(tx pgx.Tx) { inbox.Pipeline(tx).Queue("SELECT 1 / $1::int", 0) },
+		"argument":  func(tx pgx.Tx) { inbox.Pipeline(tx).Queue("SELECT $1::int", "no number") },
+		"end":       func(tx pgx.Tx) { inbox.Pipeline(tx).Queue("COMMIT") },
+		"function": func(tx pgx.Tx) {
+			inbox.Pipeline(tx).Queue("SELECT 1").Exec(func(pgconn.CommandTag) error { return inbox.Reject(errTest) })
+		},
+		"panic": func(tx pgx.Tx) {
+			inbox.Pipeline(tx).Queue("SELECT 1").QueryRow(func(pgx.Row) error { panic("no") })
+		},
+	} {
+		for _, seen := range []string{"at the end", "by a later handler"} {
+			t.Run(what+" "+seen, func(t *testing.T) {
+				t.Parallel()
+				b := setupBroker(t)
+				cfg := b.config(t)
+				cfg.Batch, cfg.Workers, cfg.Prefetch, cfg.MaxAttempts = 10, 1, 10, 1
+				var calls atomic.Int64
+				h, inHand, goOn := holding(func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+					calls.Add(1)
+					switch m.ID {
+					case "3":
+						fail(tx)
+					case "5":
+						if seen == "at the end" {
+							break
+						}
+						_, err := tx.Exec(ctx, "SELECT 1")
+						if err == nil {
+							break
+						}
+						return fmt.Errorf("of another: %w", err)
+					}
+					b.pipeline(tx, m.ID)
+					return nil
+				})
+				c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
+				b.publish(t, amqp.Publishing{MessageId: "hold"})
+				<-inHand
+				b.publish(t, numbered(8)...)
+				b.delivered(t)
+				goOn()
+				c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 8 && s.Parked["dead"] == 1 })
+				c.stop()
+				for i := range 8 {
+					effects := 1
+					if i == 3 {
+						effects = 0
+					}
+					b.want(t, fmt.Sprint(i), 1, effects)
+				}
+				// Who it was is known, or found by halves.
+				if s := c.Stats(); s.Failures != 1 || calls.Load() > 24 {
+					t.Errorf("%d calls, %+v", calls.Load(), s)
+				}
+			})
+		}
+	}
+}
+
+// Whatever a handler sends itself comes after what it has queued.
+func TestPipelinedStatementsComeFirst(t *testing.T) {
+	t.Parallel()
+	e := setup(t)
+	sees := "SELECT 1 / count(*)::int FROM " + e.Table("effects") + " WHERE message_id = $1"
+	for way, send := range map[string]func(ctx context.Context, tx pgx.Tx) error{
+		"Exec": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, sees, "Exec")
+			return err
+		},
+		"Query": func(ctx context.Context, tx pgx.Tx) error {
+			rows, _ := tx.Query(ctx, sees, "Query")
+			_, err := pgx.CollectRows(rows, pgx.RowTo[int])
+			return err
+		},
+		"QueryRow": func(ctx context.Context, tx pgx.Tx) error {
+			var n int
+			return tx.QueryRow(ctx, sees, "QueryRow").Scan(&n)
+		},
+		"SendBatch": func(ctx context.Context, tx pgx.Tx) error {
+			batch := &pgx.Batch{}
+			batch.Queue(sees, "SendBatch")
+			return tx.SendBatch(ctx, batch).Close()
+		},
+		"Prepare": func(ctx context.Context, tx pgx.Tx) error {
+			if _, err := tx.Prepare(ctx, "sees", sees); err != nil {
+				return err
+			}
+			_, err := tx.Conn().Exec(ctx, "sees", "Prepare")
+			return err
+		},
+		"Begin": func(ctx context.Context, tx pgx.Tx) error {
+			return pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+				_, err := tx.Conn().Exec(ctx, sees, "Begin")
+				return err
+			})
+		},
+		"CopyFrom": func(ctx context.Context, tx pgx.Tx) error {
+			rows := pgx.CopyFromRows([][]any{{"copied"}})
+			if _, err := tx.CopyFrom(ctx, pgx.Identifier{e.DB.Schema, "effects"}, []string{"message_id"}, rows); err != nil {
+				return err
+			}
+			_, err := tx.Conn().Exec(ctx, sees, "CopyFrom")
+			return err
+		},
+	} {
+		first, err := e.Handle(e.ctx, e.Pool, consumer, way, func(ctx context.Context, tx pgx.Tx) error {
+			e.pipeline(tx, way)
+			return send(ctx, tx)
+		})
+		if !first || err != nil {
+			t.Errorf("%s: %v, %v", way, first, err)
+		}
+		e.want(t, way, 1, 1)
+	}
+}
+
+func TestSavepointsRollBackWhatIsQueuedInThem(t *testing.T) {
+	t.Parallel()
+	e := setup(t)
+	first, err := e.Handle(e.ctx, e.Pool, consumer, "m", func(ctx context.Context, tx pgx.Tx) error {
+		e.pipeline(tx, "before")
+		err := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			e.pipeline(tx, "never sent")
+			return errTest
+		})
+		if err == nil {
+			t.Error("no error")
+		}
+		err = pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+			inbox.Pipeline(tx).Queue("SELECT 1 / 0")
+			return nil
+		})
+		if err == nil || !strings.Contains(err.Error(), "22012") {
+			t.Errorf("got %v", err)
+		}
+		nested, err := tx.Begin(ctx)
+		if err != nil {
+			return err
+		}
+		defer nested.Rollback(ctx)
+		e.pipeline(nested, "nested")
+		if err := nested.Commit(ctx); err != nil {
+			return err
+		}
+		e.pipeline(tx, "m") // and is there after the Rollback
+		return nil
+	})
+	if !first || err != nil {
+		t.Errorf("%v, %v", first, err)
+	}
+	e.want(t, "m", 1, 1)
+	if n := e.count(t, "effects", "message_id IN ('before', 'nested')"); n != 2 || e.count(t, "effects", "true") != 3 {
+		t.Errorf("%d of 2 effects", n)
+	}
+}
+
+func TestPipelineTakesMessagesOfTheOutbox(t *testing.T) {
+	t.Parallel()
+	e := setup(t)
+	writer := outbox.Writer{Schema: e.DB.Schema}
+	first, err := e.Handle(e.ctx, e.Pool, consumer, "m", func(ctx context.Context, tx pgx.Tx) error {
+		e.pipeline(tx, "m")
+		return writer.Queue(ctx, inbox.Pipeline(tx), outbox.Message{Exchange: "x", RoutingKey: "k", Payload: []byte("{}")})
+	})
+	if !first || err != nil {
+		t.Errorf("%v, %v", first, err)
+	}
+	e.want(t, "m", 1, 1)
+	if n := e.count(t, "outbox", "true"); n != 1 {
+		t.Errorf("%d messages in the outbox", n)
+	}
+}
+
+func TestPipelineOfAnotherTransactionPanics(t *testing.T) {
+	t.Parallel()
+	e := setup(t)
+	tx, err := e.Begin(e.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(e.ctx)
+	defer func() {
+		if reason := recover(); reason == nil {
+			t.Error("no panic")
+		}
+	}()
+	inbox.Pipeline(tx)
+}
