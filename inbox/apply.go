@@ -129,7 +129,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		r.verdict, r.err = again, err
 		return r
 	}
-	g := newGuard(tx)
+	g := newGuard(ctx, tx)
 	for i, m := range u.items {
 		if m.fate != handled {
 			continue
@@ -287,6 +287,7 @@ func (c *Consumer) call(ctx context.Context, g *guard, m *item) (verdict, error)
 		if m.before != nil {
 			handlerCtx = handlerContext{handlerCtx, m.before}
 		}
+		g.pipeline.ctx = handlerCtx
 		err := c.handler(handlerCtx, g, m.message(m.attempt))
 		g.pipeline.settle()
 		return err
@@ -316,7 +317,7 @@ func (c *Consumer) judged(ctx context.Context, g *guard, what string, fn func(co
 		return stopped, err
 	case isDeliberate(err):
 		return failed, err
-	case isConflict(err), isOutage(err), g.Conn().IsClosed() && (!late || c.silent(ctx)):
+	case isConflict(err), isOutage(err), g.Tx.Conn().IsClosed() && (!late || c.silent(ctx)):
 		return again, err
 	case late:
 		return failed, fmt.Errorf("not done after %s: %w", c.cfg.Timeout, err)

@@ -18,7 +18,7 @@ var (
 
 // guard is the transaction that a handler sees: all of a pgx.Tx except its end.
 // It refuses what it can see; what comes by other ways, such as Conn, is found
-// out by check.
+// out by check. All of it sends first what is in the pipeline.
 type guard struct {
 	pgx.Tx
 	nested   bool  // a savepoint, which the handler may end
@@ -27,7 +27,9 @@ type guard struct {
 	pipeline *pipeline
 }
 
-func newGuard(tx pgx.Tx) *guard { return &guard{Tx: tx, tried: new(bool), pipeline: &pipeline{}} }
+func newGuard(ctx context.Context, tx pgx.Tx) *guard {
+	return &guard{Tx: tx, tried: new(bool), pipeline: &pipeline{ctx: ctx}}
+}
 
 func (g *guard) Begin(ctx context.Context) (pgx.Tx, error) {
 	if err := g.flush(ctx); err != nil {
@@ -121,6 +123,17 @@ func (g *guard) CopyFrom(ctx context.Context, table pgx.Identifier, columns []st
 	return g.Tx.CopyFrom(ctx, table, columns, rows)
 }
 
+// Conn sends what earlier handlers have queued: a COMMIT by way of it would leave that out.
+func (g *guard) Conn() *pgx.Conn {
+	_ = g.flush(g.pipeline.ctx) // check finds the error
+	return g.Tx.Conn()
+}
+
+func (g *guard) LargeObjects() pgx.LargeObjects {
+	_ = g.flush(g.pipeline.ctx)
+	return g.Tx.LargeObjects()
+}
+
 func (g *guard) refuse() error {
 	*g.tried = true
 	return errTxControl
@@ -142,7 +155,7 @@ func (noRows) CommandTag() pgconn.CommandTag { return pgconn.CommandTag{} }
 // check turns what the handler returned into what became of the transaction: nil
 // if it is there to be committed.
 func (g *guard) check(err error) error {
-	conn := g.Conn().PgConn()
+	conn := g.Tx.Conn().PgConn()
 	switch {
 	case conn.IsClosed():
 		if err == nil {

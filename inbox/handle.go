@@ -72,7 +72,7 @@ func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(con
 	if !first {
 		return false, nil
 	}
-	guarded := newGuard(tx)
+	guarded := newGuard(ctx, tx)
 	err = guarded.check(sound(fn(ctx, guarded)))
 	if err == nil {
 		err = guarded.check(guarded.flush(ctx))

@@ -17,7 +17,7 @@ import (
 // What fails is the failure of the message whose handler queued it, as if that had returned
 // the error. So is what fails in a function that is given to a queued statement, such as
 // one that counts the rows affected. Statements run in the order in which they were
-// queued, before any that a handler sends through tx afterwards; tx.Conn does not see them.
+// queued, before any that a handler sends through tx afterwards, and before tx.Conn returns.
 //
 // tx is the transaction that a Handler or the function of Handle was given, or one begun in
 // it; Pipeline panics if it is another. The batch is not to be used after the handler has
@@ -33,10 +33,11 @@ func Pipeline(tx pgx.Tx) *pgx.Batch {
 // pipeline holds the statements of a transaction that are yet to be sent.
 type pipeline struct {
 	pgx.Batch
-	at      int   // the index of the message whose handler runs
-	of      []int // whose each statement is
-	err     error // of the first that failed,
-	culprit int   // and whose that was; -1: nobody knows
+	ctx     context.Context // of the handler that runs
+	at      int             // the index of its message
+	of      []int           // whose each statement is
+	err     error           // of the first that failed,
+	culprit int             // and whose that was; -1: nobody knows
 }
 
 // settle notes whose the statements are that were queued since.

@@ -115,6 +115,36 @@ func TestAPipelinedStatementFailsItsMessageAlone(t *testing.T) {
 	}
 }
 
+// A handler commits behind the back of the consumer what those before it have queued, or not.
+func TestACommitByHandLosesNothingThatIsQueued(t *testing.T) {
+	t.Parallel()
+	for _, statement := range []string{"COMMIT", "ROLLBACK"} {
+		b := setupBroker(t)
+		cfg := b.config(t)
+		cfg.Batch, cfg.Workers, cfg.Prefetch = 10, 1, 10
+		h, inHand, goOn := holding(func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+			b.pipeline(tx, m.ID)
+			if m.ID == "2" {
+				_, err := tx.Conn().Exec(ctx, statement)
+				return err
+			}
+			return nil
+		})
+		c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
+		b.publish(t, amqp.Publishing{MessageId: "hold"})
+		<-inHand
+		b.publish(t, numbered(5)...)
+		b.delivered(t)
+		goOn()
+		c.waitFor(t, "the culprit is dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
+		b.wantReady(t, 0)
+		c.stop()
+		for _, id := range []string{"0", "1", "3", "4"} {
+			b.want(t, id, 1, 1)
+		}
+	}
+}
+
 // Whatever a handler sends itself comes after what it has queued.
 func TestPipelinedStatementsComeFirst(t *testing.T) {
 	t.Parallel()
@@ -138,6 +168,18 @@ func TestPipelinedStatementsComeFirst(t *testing.T) {
 			batch := &pgx.Batch{}
 			batch.Queue(sees, "SendBatch")
 			return tx.SendBatch(ctx, batch).Close()
+		},
+		"Conn": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Conn().Exec(ctx, sees, "Conn")
+			return err
+		},
+		"LargeObjects": func(ctx context.Context, tx pgx.Tx) error {
+			objects := tx.LargeObjects()
+			if inbox.Pipeline(tx).Len() > 0 {
+				return errTest
+			}
+			_, err := objects.Create(ctx, 0)
+			return err
 		},
 		"Prepare": func(ctx context.Context, tx pgx.Tx) error {
 			if _, err := tx.Prepare(ctx, "sees", sees); err != nil {
