@@ -98,15 +98,17 @@ func (l *leases) lapse() {
 	l.owner, l.epochs, l.draining, l.deadline = uuid.New(), [lanes]int64{}, [lanes]drain{}, 0
 }
 
-// run keeps the lease and the fair share of lanes until ctx ends.
-func (l *leases) run(ctx context.Context) {
+// run keeps the lease and the fair share of lanes until ctx ends. A round that is under way
+// then comes to its end, before that of hard: cut short, it might still be done after all
+// has been released, on a busy server or behind a pooler.
+func (l *leases) run(ctx, hard context.Context) {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	var renewAt int64
 	for {
 		renew := since() >= renewAt
 		useless := l.useless()
-		err := l.once(ctx, renew)
+		err := l.once(hard, renew)
 		if ctx.Err() != nil {
 			return
 		}
@@ -261,8 +263,8 @@ func (l *leases) giveUp(ctx context.Context, share int) error {
 	return nil
 }
 
-// release runs again if the session is to be serializable, and a renewal that was cut short
-// is still under way.
+// release runs again if the session is serializable by default, and met with a renewal that
+// took too long and was given up.
 func (l *leases) release(ctx context.Context, owner uuid.UUID, ids []int16, leaving bool) error {
 	for {
 		_, err := l.db.Exec(ctx, l.sql.release, unplanned, owner, ids, leaving)

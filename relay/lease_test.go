@@ -157,9 +157,51 @@ func TestLaneIsDrainedForALeaseAtMost(t *testing.T) {
 	}
 }
 
-// A renewal that was cut short is still under way when the relay leaves, in a session that is
-// serializable by default.
-func TestLanesAreReleasedBehindALateRenewal(t *testing.T) {
+// The last renewal is done before all is released.
+func TestRenewalIsOverWhenTheRelayLeaves(t *testing.T) {
+	t.Parallel()
+	s := newSharers(t, 1)
+	l := s.all[0]
+	s.must(l.once(s.ctx, true))
+	lock, err := s.db.Begin(s.ctx)
+	s.must(err)
+	defer lock.Rollback(s.ctx)
+	_, err = lock.Exec(s.ctx, "SELECT FROM "+s.db.Table("outbox_relay")+" FOR UPDATE")
+	s.must(err)
+	ctx, stop := context.WithCancel(s.ctx)
+	defer stop()
+	over := make(chan struct{})
+	go func() { defer close(over); l.run(ctx, s.ctx) }()
+	s.untilOneWaits()
+	stop()
+	select {
+	case <-over:
+		t.Error("it was left to the server")
+	case <-time.After(300 * time.Millisecond):
+	}
+	s.must(lock.Rollback(s.ctx))
+	<-over
+	s.must(l.leave(s.ctx))
+	var rows int
+	s.must(s.db.QueryRow(s.ctx, "SELECT count(*) FROM "+s.db.Table("outbox_relay")).Scan(&rows))
+	if rows != 0 {
+		t.Errorf("%d relays are live", rows)
+	}
+}
+
+// untilOneWaits waits until a statement waits for the lock of a relay's row.
+func (s *sharers) untilOneWaits() {
+	s.Helper()
+	testenv.Eventually(s.T, 10*time.Second, "a statement waits for the row", func() (waits bool) {
+		s.must(s.db.QueryRow(s.ctx, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%')",
+			s.db.Table("outbox_relay")).Scan(&waits))
+		return waits
+	})
+}
+
+// The release meets with an update of the relay's row, in a session that is serializable by
+// default.
+func TestLanesAreReleasedInSerializableSessions(t *testing.T) {
 	t.Parallel()
 	s := newSharers(t, 1)
 	l := s.all[0]
@@ -177,12 +219,7 @@ func TestLanesAreReleasedBehindALateRenewal(t *testing.T) {
 	s.must(err)
 	left := make(chan error, 1)
 	go func() { left <- l.leave(s.ctx) }()
-	testenv.Eventually(t, 10*time.Second, "it waits for the row", func() bool {
-		var waits bool
-		s.must(s.db.QueryRow(s.ctx, "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%' || $1 || '%')",
-			s.db.Table("outbox_relay")).Scan(&waits))
-		return waits
-	})
+	s.untilOneWaits()
 	s.must(renewal.Commit(s.ctx))
 	s.must(<-left)
 	var free int

@@ -114,7 +114,7 @@ func (r *Relay) run(ctx context.Context) error {
 	leaseCtx, stopLeasing := context.WithCancel(hard)
 	defer stopLeasing()
 	stopSettling := make(chan struct{})
-	leasing.Go(func() { r.leases.run(leaseCtx) })
+	leasing.Go(func() { r.leases.run(leaseCtx, hard) })
 	settling.Go(func() { r.settler.run(hard, stopSettling) })
 	publishing.Go(func() { r.publishLoop(ctx, hard) })
 	for range isolators {
