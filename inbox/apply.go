@@ -140,7 +140,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		}
 		some, g.pipeline.at = true, i
 		if r.verdict, r.err = c.call(ctx, g, m); r.verdict != applied {
-			r.culprit = g.culprit()
+			r.culprit = g.culprit(r.verdict)
 			return r
 		}
 	}
@@ -148,7 +148,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		return r
 	}
 	if r.verdict, r.err = c.flush(ctx, g); r.verdict != applied {
-		r.culprit = g.culprit()
+		r.culprit = g.culprit(r.verdict)
 		return r
 	}
 	r.verdict, r.err = c.commit(ctx, tx)

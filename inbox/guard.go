@@ -226,7 +226,11 @@ func bare(sql string) string {
 	for sql != "" {
 		n := quoted(sql)
 		if n == 0 {
-			b.WriteByte(sql[0])
+			if sql[0] == '\v' {
+				b.WriteByte(' ') // as for PostgreSQL, not for package regexp
+			} else {
+				b.WriteByte(sql[0])
+			}
 			sql = sql[1:]
 			continue
 		}
@@ -248,7 +252,10 @@ func quoted(sql string) int {
 	opening, closing := sql[:1], ""
 	switch {
 	case strings.HasPrefix(sql, "--"):
-		closing = "\n"
+		if i := strings.IndexAny(sql, "\n\r"); i >= 0 {
+			return i + 1
+		}
+		return len(sql)
 	case strings.HasPrefix(sql, "/*"):
 		return comment(sql)
 	case len(sql) > 1 && strings.EqualFold(sql[:2], "e'"):

@@ -43,7 +43,7 @@ func TestTheHandlersTransactionRefusesStatementsThatEndIt(t *testing.T) {
 	e := setup(t)
 	for _, sql := range []string{
 		"commit", " COMMIT AND CHAIN", "end", "ABORT;", "rollback", "ROLLBACK WORK", "PREPARE TRANSACTION 'x'",
-		"-- x\nCOMMIT", "/* /* */ */ rollback", "rollback/**/work", "SELECT 1; COMMIT; BEGIN",
+		"-- x\nCOMMIT", "-- x\rCOMMIT", "\vCOMMIT", "ROLLBACK\vWORK", "/* /* */ */ rollback", "rollback/**/work", "SELECT 1; COMMIT; BEGIN",
 		"SELECT $a$;$$$a$; commit", "SELECT 'a''b'; COMMIT", `SELECT E'\''; COMMIT`, `SELECT 1 AS "a;"; COMMIT`,
 	} {
 		for way, send := range ways {

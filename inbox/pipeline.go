@@ -30,6 +30,9 @@ func Pipeline(tx pgx.Tx) *pgx.Batch {
 	return &g.pipeline.Batch
 }
 
+// errUnread is there while results are read.
+var errUnread = errors.New("a function given to a queued statement did not return, or used tx")
+
 // pipeline holds the statements of a transaction that are yet to be sent.
 type pipeline struct {
 	pgx.Batch
@@ -50,39 +53,45 @@ func (p *pipeline) settle() {
 // drop forgets what a savepoint is rolled back with.
 func (p *pipeline) drop() { p.Batch, p.of, p.err = pgx.Batch{}, nil, nil }
 
-// flush sends what is queued, and returns the error of it, or of an earlier flush.
+// flush sends what is queued, also by the functions of what was, and returns the error of
+// it, or of an earlier flush.
 func (g *guard) flush(ctx context.Context) error {
 	p := g.pipeline
-	p.settle()
-	if p.err != nil || p.Len() == 0 {
-		return p.err
+	for p.settle(); p.err == nil && p.Len() > 0; {
+		p.err = g.send(ctx)
 	}
-	batch, of := p.Batch, p.of
-	p.Batch, p.of, p.culprit = pgx.Batch{}, nil, -1
-	for i, q := range batch.QueuedQueries {
-		if endsTx(q.SQL) {
-			p.err, p.culprit = g.refuse(), of[i]
-			return p.err
-		}
-		read := q.Fn
-		q.Fn = func(results pgx.BatchResults) (err error) {
-			p.culprit = of[i]
-			if read != nil {
-				return read(results)
-			}
-			_, err = results.Exec()
-			return err
-		}
-	}
-	p.err = errors.New("a function given to a queued statement did not return")
-	p.err = sound(g.Tx.SendBatch(ctx, &batch).Close())
 	return p.err
 }
 
-// culprit returns whose fault a failure is: that of the message whose handler runs, unless
-// it met with that of a statement of an earlier one.
-func (g *guard) culprit() int {
-	if p := g.pipeline; p.err != nil {
+func (g *guard) send(ctx context.Context) error {
+	p := g.pipeline
+	batch, of, at := p.Batch, p.of, p.at
+	defer func() { p.at = at }()
+	p.Batch, p.of, p.culprit = pgx.Batch{}, nil, -1
+	for i, q := range batch.QueuedQueries {
+		if endsTx(q.SQL) {
+			p.culprit = of[i]
+			return g.refuse()
+		}
+		read := q.Fn
+		q.Fn = func(results pgx.BatchResults) (err error) {
+			p.culprit, p.at = of[i], of[i]
+			if read == nil {
+				_, err = results.Exec()
+				return err
+			}
+			defer p.settle()
+			return read(results)
+		}
+	}
+	p.err = errUnread
+	return sound(g.Tx.SendBatch(ctx, &batch).Close())
+}
+
+// culprit returns whose fault a verdict is: that of the message whose handler runs, unless
+// it met with the failure of a statement of an earlier one.
+func (g *guard) culprit(v verdict) int {
+	if p := g.pipeline; p.err != nil && v != ended {
 		return p.culprit
 	}
 	return g.pipeline.at

@@ -271,6 +271,66 @@ func TestPipelineTakesMessagesOfTheOutbox(t *testing.T) {
 	}
 }
 
+func TestAFunctionOfAQueuedStatementMayQueueAnotherStatement(t *testing.T) {
+	t.Parallel()
+	e := setup(t)
+	first, err := e.Handle(e.ctx, e.Pool, consumer, "m", func(ctx context.Context, tx pgx.Tx) error {
+		inbox.Pipeline(tx).Queue("SELECT 1").Exec(func(pgconn.CommandTag) error {
+			e.pipeline(tx, "m")
+			return nil
+		})
+		return nil
+	})
+	if !first || err != nil {
+		t.Errorf("%v, %v", first, err)
+	}
+	e.want(t, "m", 1, 1)
+	first, err = e.Handle(e.ctx, e.Pool, consumer, "uses tx", func(ctx context.Context, tx pgx.Tx) error {
+		inbox.Pipeline(tx).Queue("SELECT 1").Exec(func(pgconn.CommandTag) error {
+			_, err := tx.Exec(ctx, e.effectSQL(), "uses tx")
+			return err
+		})
+		return nil
+	})
+	if first || err == nil {
+		t.Errorf("%v, %v", first, err)
+	}
+	e.want(t, "uses tx", 0, 0)
+}
+
+// A handler meets with the failure of an earlier one's function, and commits all the same.
+func TestACommitByHandAfterAnotherFailedDoublesNothing(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	cfg := b.config(t)
+	cfg.Batch, cfg.Workers, cfg.Prefetch = 10, 1, 10
+	h, inHand, goOn := holding(func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		q := b.pipeline(tx, m.ID)
+		switch m.ID {
+		case "0":
+			q.Exec(func(pgconn.CommandTag) error { return errTest })
+		case "2":
+			if _, err := tx.Exec(ctx, "SELECT 1"); err != nil {
+				_, err = tx.Conn().Exec(ctx, "COMMIT")
+				return err
+			}
+		}
+		return nil
+	})
+	c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
+	b.publish(t, amqp.Publishing{MessageId: "hold"})
+	<-inHand
+	b.publish(t, numbered(5)...)
+	b.delivered(t)
+	goOn()
+	c.waitFor(t, "the culprit is dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
+	b.wantReady(t, 0)
+	c.stop()
+	for _, id := range []string{"1", "3", "4"} {
+		b.want(t, id, 1, 1)
+	}
+}
+
 func TestPipelineOfAnotherTransactionPanics(t *testing.T) {
 	t.Parallel()
 	e := setup(t)
