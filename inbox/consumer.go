@@ -32,7 +32,7 @@ type Config struct {
 	// Schema is the database schema of txbox's tables; default "txbox".
 	Schema string
 	// Prefetch is how many deliveries RabbitMQ sends ahead, and so the most that are
-	// held in memory; 1 to 65,535, default 100 or, if that is more, two batches for
+	// held in memory, or share a batch; 1 to 65,535, default 100 or, if that is more, two batches for
 	// each worker.
 	Prefetch int
 	// Workers is how many messages are handled at the same time, each in a
@@ -44,10 +44,12 @@ type Config struct {
 	// whose only effects are in tx: when one fails, those before it are handled again.
 	// Default 1, at most 10,000.
 	Batch int
-	// Timeout is how long a Handler may take; default 30 s, at most 24 h.
+	// Timeout is how long a Handler may take, and what the Handlers of one transaction
+	// have left in its Pipeline; default 30 s, at most 24 h.
 	Timeout time.Duration
 	// StopTimeout is how long Run waits for Handlers after its ctx has ended, before
-	// it ends theirs; default 20 s.
+	// it ends theirs, and RabbitMQ delivers their messages again; default 20 s, at most
+	// 24 h.
 	StopTimeout time.Duration
 	// MaxAttempts is how many failed attempts make a message dead; default 10.
 	MaxAttempts int
@@ -72,9 +74,9 @@ type Config struct {
 	Credentials func(context.Context) (user, password string, err error)
 	// AllowPlaintext permits amqp:// to a host that is not loopback; default no.
 	AllowPlaintext bool
-	// Logger gets one line per change of state, and at most one in 10 s each about
-	// messages that are parked for another attempt and for a human; default
-	// slog.Default().
+	// Logger gets one line per change of state, and one for each message that is parked:
+	// up to twenty in 10 s for each reason, the next with the number of those that had
+	// none as without_a_line; default slog.Default().
 	Logger *slog.Logger
 }
 
@@ -88,7 +90,7 @@ type Consumer struct {
 	cfg     Config
 	log     *slog.Logger
 
-	retrySaid, deadSaid rarely // what is logged of parked messages
+	said map[string]*lines // of parked messages, by reason
 
 	running atomic.Bool
 	// Between the connection and the workers: one queue for each worker, with the
@@ -139,7 +141,7 @@ func NewConsumer(db *pgxpool.Pool, amqpURL, queue string, h Handler, cfg Config)
 		log:    cfg.Logger.With("consumer", cfg.Name, "queue", queue),
 		queues: make([]chan *delivery, cfg.Workers+1),
 		due:    make(chan dueRow), wake: make(chan struct{}, 1),
-		stats: Stats{Parked: make(map[string]uint64)},
+		stats: Stats{Parked: make(map[string]uint64)}, said: newLines(),
 	}
 	for _, reason := range []string{reasonRetry, reasonBlocked, reasonDead, reasonMissingID, reasonBadID, reasonConflict, reasonTooOld} {
 		c.stats.Parked[reason] = 0
@@ -189,7 +191,11 @@ func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
 			problems = append(problems, fieldError(field, "%d is not one of 1 to %d", *value, limit))
 		}
 	}
-	number("Workers", &cfg.Workers, min(4, maxWorkers), maxWorkers)
+	if cfg.Workers > maxWorkers {
+		problems = append(problems, fieldError("Workers", "%d need a pool with MaxConns of at least %d, not %d", cfg.Workers, cfg.Workers+1, maxWorkers+1))
+	} else {
+		number("Workers", &cfg.Workers, min(4, maxWorkers), maxWorkers)
+	}
 	number("Batch", &cfg.Batch, 1, maxBatch)
 	number("Prefetch", &cfg.Prefetch, min(max(100, 2*cfg.Workers*cfg.Batch), math.MaxUint16), math.MaxUint16)
 	number("MaxAttempts", &cfg.MaxAttempts, 10, math.MaxInt32)

@@ -27,7 +27,8 @@ type Message struct {
 	// CreatedAt is when the message was written, by header outbox-created-at, else
 	// by the property timestamp; zero if neither tells.
 	CreatedAt time.Time
-	Attempt   int // from 1
+	// Attempt is 1 more than the attempts that failed. RetryAfter is no failure.
+	Attempt int
 }
 
 // Handler handles a message. What it does with tx takes effect once per message,
@@ -65,7 +66,7 @@ func JSON[T any](fn func(context.Context, pgx.Tx, Message, T) error) Handler {
 }
 
 // Reject returns an error with which a Handler says that trying again is of no
-// use: the message is parked as dead at once. err says why; also a nil rejects.
+// use: the message is parked as dead at once. err says why; nil stands for no reason.
 func Reject(err error) error {
 	if err == nil {
 		err = errors.New("no reason given")
@@ -80,8 +81,9 @@ func (r *rejection) Unwrap() error { return r.err }
 
 // RetryAfter returns an error with which a Handler says that it cannot work now,
 // through no fault of the message: a third party is down. The message is parked
-// and handled again after d, at least a second, and this spends no attempt. err
-// says why; it may be nil.
+// and handled again after d, at least a second. That spends no attempt, so there is no
+// limit to it: Message.Attempt stays what it is, those of its key wait, and a Handler
+// that wants an end to it looks at Message.CreatedAt. err says why; it may be nil.
 func RetryAfter(d time.Duration, err error) error {
 	if err == nil {
 		err = errors.New("no reason given")

@@ -99,9 +99,10 @@ func (c *Consumer) park(live context.Context, m *item, ended bool, p parking) {
 // sayFailure logs that a message is parked after its attempt failed, or for lack of
 // a usable ID. What it leaves out stands in inbox_parked.
 func (c *Consumer) sayFailure(id, reason string, attempt int, err error) {
-	said := &c.deadSaid // waits for a human
-	if reason == reasonRetry {
-		said = &c.retrySaid
+	postponed := (*postponement)(nil)
+	said := c.said[reason]
+	if errors.As(err, &postponed) {
+		said = c.said[postponedLines]
 	}
 	unsaid, ok := said.allow()
 	if !ok {
@@ -109,27 +110,43 @@ func (c *Consumer) sayFailure(id, reason string, attempt int, err error) {
 	}
 	text, _, _ := strings.Cut(lastError(err), "\n")
 	c.log.Warn("inbox: a message is parked", "message_id", id, "reason", reason, "attempt", attempt,
-		"of", c.cfg.MaxAttempts, "error", text, "more", unsaid)
+		"of", c.cfg.MaxAttempts, "error", text, "without_a_line", unsaid)
 }
 
-// rarely lets something be said once in sayEvery.
-type rarely struct {
-	mu     sync.Mutex
-	last   time.Time
-	unsaid int // since then
+// lines bounds the lines that are logged of something: maxLines in linesEvery.
+type lines struct {
+	mu           sync.Mutex
+	since        time.Time // when said began to count
+	said, unsaid int
 }
 
-const sayEvery = 10 * time.Second
+const (
+	maxLines   = 20
+	linesEvery = 10 * time.Second
+	// postponedLines are those of messages that asked for more time.
+	postponedLines = "postponed"
+)
 
-func (r *rarely) allow() (unsaid int, ok bool) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if time.Since(r.last) < sayEvery {
-		r.unsaid++
+func newLines() map[string]*lines {
+	all := make(map[string]*lines)
+	for _, of := range []string{reasonRetry, postponedLines, reasonDead, reasonMissingID, reasonBadID, reasonConflict, reasonTooOld} {
+		all[of] = &lines{}
+	}
+	return all
+}
+
+// allow says whether a line may be written, and after how many that were not.
+func (l *lines) allow() (unsaid int, ok bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.since) > linesEvery {
+		l.since, l.said = time.Now(), 0
+	}
+	if l.said++; l.said > maxLines {
+		l.unsaid++
 		return 0, false
 	}
-	unsaid = r.unsaid
-	r.last, r.unsaid = time.Now(), 0
+	unsaid, l.unsaid = l.unsaid, 0
 	return unsaid, true
 }
 

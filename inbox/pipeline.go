@@ -18,6 +18,9 @@ import (
 // the error. So is what fails in a function that is given to a queued statement, such as
 // one that counts the rows affected. Statements run in the order in which they were
 // queued, before any that a handler sends through tx afterwards, and before tx.Conn returns.
+// So tx may return the error of what another message's handler has queued: return it, what
+// follows in the transaction is rolled back all the same. All that is sent after the
+// handlers is bounded by one Config.Timeout.
 //
 // tx is the transaction that a Handler or the function of Handle was given, or one begun in
 // it; Pipeline panics if it is another. The batch is not to be used after the handler has

@@ -26,15 +26,16 @@ type Config struct {
 	// to 24 h, and not below the publisher's ConfirmTimeout.
 	Lease time.Duration
 	// RetryFor is how long a message is tried after its first refusal before it is
-	// parked as dead; default 7 days. An attempt a minute, half of what is made, must
-	// have failed on average: an outage makes nothing dead. Of those for an exchange that is missing or closed
-	// to the relay only the ones that are tried count, one every few seconds at most.
+	// parked as dead; default 7 days, at most 100 years. It must also have failed as
+	// often as once a minute in that time, so that an outage, in which nothing is tried,
+	// makes nothing dead. Messages for an exchange that is missing or closed to the relay
+	// are tried one at a time, every few seconds; those that are not tried do not fail.
 	RetryFor time.Duration
 	// IdleInterval is the longest wait between two looks at the outbox; default
 	// 50 ms, from 1 ms to 1 min.
 	IdleInterval time.Duration
 	// StopTimeout bounds a clean stop: finishing what is in flight and freeing the
-	// lanes; default 20 s.
+	// lanes; default 20 s, at most 24 h.
 	StopTimeout time.Duration
 	// Logger gets a line per change of state; default slog.Default().
 	Logger *slog.Logger

@@ -32,7 +32,7 @@
 // Whatever the head of a key waits for, its followers wait behind it as blocked.
 // Messages with NotBefore begin in outbox_parked, as scheduled. Only what the
 // broker refused spends an attempt; an outage never does. The next attempt comes
-// after a random pause of up to a minute, so an exchange or a queue that is put
+// after a random pause, of a second at first and up to a minute later, so an exchange or a queue that is put
 // back gets its messages with no human.
 //
 // # In the hand

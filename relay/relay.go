@@ -51,9 +51,9 @@ func New(db *pgxpool.Pool, pub Publisher, cfg Config) (*Relay, error) {
 	if err != nil {
 		return nil, fmt.Errorf("relay: %w", err)
 	}
+	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
 	r := &Relay{db: db, pub: pub.rabbitMQ(), cfg: cfg, hand: newHand()}
 	r.suspects, r.slow, r.isolation.some = newSuspects(), newSlow(), make(chan struct{}, 1)
-	cfg.Logger = cfg.Logger.With("relay", cfg.Name, "schema", cfg.Schema)
 	r.refusals.log, r.refusals.destinations = cfg.Logger, make(map[destination]*refusal)
 	for c, what := range map[*condition]string{
 		&r.schema: "database", &r.leasing: "lease of lanes", &r.reading: "reading the outbox",
