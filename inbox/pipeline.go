@@ -22,6 +22,10 @@ import (
 // follows in the transaction is rolled back all the same. All that is sent after the
 // handlers is bounded by one Config.Timeout.
 //
+// Queue one statement at a time, as pgx asks for, since in the simple protocol the results
+// of more than one shift those of others; and arguments that do not change: they are read
+// when they are sent.
+//
 // tx is the transaction that a Handler or the function of Handle was given, or one begun in
 // it; Pipeline panics if it is another. The batch is not to be used after the handler has
 // returned.
