@@ -148,7 +148,9 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		return r
 	}
 	if r.verdict, r.err = c.flush(ctx, g); r.verdict != applied {
-		r.culprit = g.culprit(r.verdict)
+		if r.culprit = g.culprit(r.verdict); len(u.items) == 1 {
+			r.culprit = 0
+		}
 		return r
 	}
 	r.verdict, r.err = c.commit(ctx, tx)

@@ -331,6 +331,30 @@ func TestACommitByHandAfterAnotherFailedDoublesNothing(t *testing.T) {
 	}
 }
 
+// A table is locked for longer than a lock is waited for, also to prepare a queued statement.
+// That is the handler's failure, as if it had sent the statement itself.
+func TestAPipelinedStatementThatMeetsALockFails(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	lock, err := b.Begin(b.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Rollback(b.ctx)
+	if _, err := lock.Exec(b.ctx, "LOCK TABLE "+b.Table("effects")); err != nil {
+		t.Fatal(err)
+	}
+	cfg := b.config(t)
+	cfg.MaxAttempts = 1
+	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		b.pipeline(tx, m.ID)
+		return nil
+	}, cfg)
+	b.publish(t, numbered(1)...)
+	c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
+	c.stop()
+}
+
 func TestPipelineOfAnotherTransactionPanics(t *testing.T) {
 	t.Parallel()
 	e := setup(t)
