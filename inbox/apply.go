@@ -140,7 +140,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		}
 		some, g.pipeline.at = true, i
 		if r.verdict, r.err = c.call(ctx, g, m); r.verdict != applied {
-			r.culprit = g.culprit(r.verdict)
+			r.culprit = u.culprit(g, r.verdict)
 			return r
 		}
 	}
@@ -148,9 +148,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		return r
 	}
 	if r.verdict, r.err = c.flush(ctx, g); r.verdict != applied {
-		if r.culprit = g.culprit(r.verdict); len(u.items) == 1 {
-			r.culprit = 0
-		}
+		r.culprit = u.culprit(g, r.verdict)
 		return r
 	}
 	r.verdict, r.err = c.commit(ctx, tx)

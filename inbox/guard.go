@@ -129,6 +129,7 @@ func (g *guard) Conn() *pgx.Conn {
 	return g.Tx.Conn()
 }
 
+// LargeObjects sends what is queued, as Conn does.
 func (g *guard) LargeObjects() pgx.LargeObjects {
 	_ = g.flush(g.pipeline.ctx)
 	return g.Tx.LargeObjects()

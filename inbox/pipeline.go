@@ -96,10 +96,14 @@ func (g *guard) send(ctx context.Context) error {
 }
 
 // culprit returns whose fault a verdict is: that of the message whose handler runs, unless
-// it met with the failure of a statement of an earlier one.
-func (g *guard) culprit(v verdict) int {
-	if p := g.pipeline; p.err != nil && v != ended {
+// it met with the failure of a statement of an earlier one; -1 if nobody knows.
+func (u unit) culprit(g *guard, v verdict) int {
+	switch p := g.pipeline; {
+	case len(u.items) == 1:
+		return 0
+	case p.err != nil && v != ended:
 		return p.culprit
+	default:
+		return p.at
 	}
-	return g.pipeline.at
 }

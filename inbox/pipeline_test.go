@@ -346,12 +346,16 @@ func TestAPipelinedStatementThatMeetsALockFails(t *testing.T) {
 	}
 	cfg := b.config(t)
 	cfg.MaxAttempts = 1
-	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
 		b.pipeline(tx, m.ID)
-		return nil
+		if m.ID == "0" {
+			return nil
+		}
+		_, err := tx.Exec(ctx, "SELECT 1") // sends it
+		return err
 	}, cfg)
-	b.publish(t, numbered(1)...)
-	c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
+	b.publish(t, numbered(2)...)
+	c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 2 })
 	c.stop()
 }
 
