@@ -76,7 +76,10 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 			r.verdict, r.culprit = contested, -1
 			return r
 		case r.verdict == again && run == maxRuns:
-			r.verdict, r.culprit, r.err = failed, -1, fmt.Errorf("in vain %d times: %w", maxRuns, r.err)
+			if !isOutage(r.err) {
+				r.culprit = -1
+			}
+			r.verdict, r.err = failed, fmt.Errorf("in vain %d times: %w", maxRuns, r.err)
 			return r
 		case r.verdict == unprepared:
 			if err := c.prepare(ctx, u.items[0]); err != nil {
@@ -129,10 +132,17 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		r.verdict, r.err = again, err
 		return r
 	}
-	g := newGuard(ctx, tx)
+	g, asked := newGuard(ctx, tx), time.Now()
 	for i, m := range u.items {
 		if m.fate != handled {
 			continue
+		}
+		if time.Since(asked) > callTimeout/2 {
+			if err := c.ping(ctx, tx); err != nil {
+				r.verdict, r.err = again, err
+				return r
+			}
+			asked = time.Now()
 		}
 		if c.cfg.Before != nil && m.before == nil {
 			r.verdict = unprepared
@@ -153,6 +163,14 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	}
 	r.verdict, r.err = c.commit(ctx, tx)
 	return r
+}
+
+// ping asks the server for nothing, lest it end a transaction in which handlers do not for
+// longer than limits allow.
+func (c *Consumer) ping(ctx context.Context, tx pgx.Tx) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	return tx.Conn().Ping(ctx)
 }
 
 // claimParkedRow queues the statements that tell whether a parked message is ours.

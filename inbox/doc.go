@@ -50,7 +50,8 @@
 // Run ends with ctx and otherwise waits for whatever is away; [Consumer.Ready]
 // says what that is. A failed message is tried again within a second, later
 // within a minute, [Config.MaxAttempts] times; [Reject] and [RetryAfter] say
-// otherwise. An outage of database or broker spends no attempts.
+// otherwise. An outage of database or broker spends no attempts, nor does an error that says
+// that the server lacks something, such as disk (SQLSTATE class 53), or takes no writes (25006).
 //
 // Messages with one Key are handled in the order in which this consumer receives
 // them. While one of them is parked, for retry or dead, those that follow are

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
@@ -65,52 +66,39 @@ func (g *guard) Rollback(ctx context.Context) error {
 }
 
 func (g *guard) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	if endsTx(sql) {
-		return pgconn.CommandTag{}, g.refuse()
-	}
-	if err := g.flush(ctx); err != nil {
+	if err := g.allow(ctx, sql); err != nil {
 		return pgconn.CommandTag{}, err
 	}
 	return g.Tx.Exec(ctx, sql, args...)
 }
 
 func (g *guard) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	if endsTx(sql) {
-		return noRows{err: g.refuse()}, errTxControl
-	}
-	if err := g.flush(ctx); err != nil {
-		return noRows{err: err}, err
+	if err := g.allow(ctx, sql); err != nil {
+		return pgx.FailedBatchResults(&pgx.Batch{}, err).Query()
 	}
 	return g.Tx.Query(ctx, sql, args...)
 }
 
 func (g *guard) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	if endsTx(sql) {
-		return noRows{err: g.refuse()}
-	}
-	if err := g.flush(ctx); err != nil {
-		return noRows{err: err}
+	if err := g.allow(ctx, sql); err != nil {
+		return pgx.FailedBatchResults(&pgx.Batch{}, err).QueryRow()
 	}
 	return g.Tx.QueryRow(ctx, sql, args...)
 }
 
 func (g *guard) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
-	if endsTx(sql) {
-		return nil, g.refuse()
-	}
-	if err := g.flush(ctx); err != nil {
+	if err := g.allow(ctx, sql); err != nil {
 		return nil, err
 	}
 	return g.Tx.Prepare(ctx, name, sql)
 }
 
 func (g *guard) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	for _, query := range b.QueuedQueries {
-		if endsTx(query.SQL) {
-			return pgx.FailedBatchResults(b, g.refuse())
-		}
+	all := make([]string, len(b.QueuedQueries))
+	for i, query := range b.QueuedQueries {
+		all[i] = query.SQL
 	}
-	if err := g.flush(ctx); err != nil {
+	if err := g.allow(ctx, all...); err != nil {
 		return pgx.FailedBatchResults(b, err)
 	}
 	return g.Tx.SendBatch(ctx, b)
@@ -135,23 +123,18 @@ func (g *guard) LargeObjects() pgx.LargeObjects {
 	return g.Tx.LargeObjects()
 }
 
+// allow refuses statements that end the transaction, and sends what comes before others.
+func (g *guard) allow(ctx context.Context, statements ...string) error {
+	if slices.ContainsFunc(statements, endsTx) {
+		return g.refuse()
+	}
+	return g.flush(ctx)
+}
+
 func (g *guard) refuse() error {
 	*g.tried = true
 	return errTxControl
 }
-
-// noRows is the result of a query that was not sent. As in pgx it can be read
-// although Query returned an error.
-type noRows struct {
-	pgx.Rows
-	err error
-}
-
-func (noRows) Close()                        {}
-func (noRows) Next() bool                    { return false }
-func (n noRows) Scan(...any) error           { return n.err }
-func (n noRows) Err() error                  { return n.err }
-func (noRows) CommandTag() pgconn.CommandTag { return pgconn.CommandTag{} }
 
 // check turns what the handler returned into what became of the transaction: nil
 // if it is there to be committed.
@@ -179,7 +162,8 @@ func (g *guard) check(err error) error {
 var (
 	ends        = regexp.MustCompile(`(?i)^\s*(commit|end|abort|rollback|prepare\s+transaction)\b`)
 	toSavepoint = regexp.MustCompile(`(?i)^\s*rollback(\s+work|\s+transaction)?\s+to\b`)
-	dollarQuote = regexp.MustCompile(`^\$([A-Za-z_][A-Za-z0-9_]*)?\$`)
+	dollarQuote = regexp.MustCompile(`^\$([A-Za-z_\x80-\x{10FFFF}][A-Za-z0-9_\x80-\x{10FFFF}]*)?\$`)
+	word        = regexp.MustCompile(`^[A-Za-z_\x80-\x{10FFFF}][A-Za-z0-9_$\x80-\x{10FFFF}]*`)
 )
 
 // endsTx reports whether one of the statements in sql ends the transaction.
@@ -187,12 +171,18 @@ func endsTx(sql string) bool {
 	if !mayEnd(sql) { // most of all statements
 		return false
 	}
-	for _, statement := range strings.Split(bare(sql), ";") {
-		if ends.MatchString(statement) && !toSavepoint.MatchString(statement) {
-			return true
-		}
+	return slices.ContainsFunc(strings.Split(bare(sql), ";"), func(statement string) bool {
+		return ends.MatchString(statement) && !toSavepoint.MatchString(statement)
+	})
+}
+
+// isSeveral reports whether sql is more than one statement.
+func isSeveral(sql string) bool {
+	if !strings.Contains(sql, ";") {
+		return false
 	}
-	return false
+	_, rest, _ := strings.Cut(bare(sql), ";")
+	return strings.Trim(rest, "; \t\n\r\v\f") != ""
 }
 
 // mayEnd reports whether one of the words that end a transaction stands somewhere in sql.
@@ -227,12 +217,12 @@ func bare(sql string) string {
 	for sql != "" {
 		n := quoted(sql)
 		if n == 0 {
-			if sql[0] == '\v' {
-				b.WriteByte(' ') // as for PostgreSQL, not for package regexp
-			} else {
-				b.WriteByte(sql[0])
+			plain := word.FindString(sql) // whole: the end of name'x' is no e'x'
+			if plain == "" {
+				plain = sql[:1]
 			}
-			sql = sql[1:]
+			b.WriteString(strings.ReplaceAll(plain, "\v", " ")) // as for PostgreSQL, not for package regexp
+			sql = sql[len(plain):]
 			continue
 		}
 		// A comment separates words; a literal does too, but is one itself.

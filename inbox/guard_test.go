@@ -45,6 +45,7 @@ func TestTheHandlersTransactionRefusesStatementsThatEndIt(t *testing.T) {
 		"commit", " COMMIT AND CHAIN", "end", "ABORT;", "rollback", "ROLLBACK WORK", "PREPARE TRANSACTION 'x'",
 		"-- x\nCOMMIT", "-- x\rCOMMIT", "\vCOMMIT", "ROLLBACK\vWORK", "/* /* */ */ rollback", "rollback/**/work", "SELECT 1; COMMIT; BEGIN",
 		"SELECT $a$;$$$a$; commit", "SELECT 'a''b'; COMMIT", `SELECT E'\''; COMMIT`, `SELECT 1 AS "a;"; COMMIT`,
+		`SELECT name'a\'; COMMIT`, "SELECT $é$'$é$; COMMIT", "SELECT 1 AS a$b$; COMMIT",
 	} {
 		for way, send := range ways {
 			first, err := e.Handle(e.ctx, e.Pool, consumer, "m", func(ctx context.Context, tx pgx.Tx) error {
@@ -70,7 +71,7 @@ func TestTheHandlersTransactionTakesStatementsThatOnlyLookLikeItsEnd(t *testing.
 	first, err := e.Handle(e.ctx, e.Pool, consumer, "m", func(ctx context.Context, tx pgx.Tx) error {
 		for _, sql := range []string{
 			"DO $$ BEGIN NULL; END $$", "DO $x$ BEGIN PERFORM '$$; COMMIT'; END; $x$", "SELECT '; COMMIT'",
-			`SELECT 1 AS "; commit"`, "SELECT 1 -- ; commit", `SELECT E'\'; COMMIT'`, "/* /* */ ; commit */ SELECT 1",
+			`SELECT 1 AS "; commit"`, "SELECT 1 -- ; commit", `SELECT E'\'; COMMIT'`, "SELECT $é$; COMMIT$é$", "/* /* */ ; commit */ SELECT 1",
 			"SELECT CASE WHEN true THEN 1\nEND", "SELECT 1 AS commit", "PREPARE p2 AS SELECT 1",
 			"SAVEPOINT s; SELECT 1; ROLLBACK TO s", "rollback /**/ transaction to savepoint s", "RELEASE s",
 		} {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/txbox/txbox/inbox"
@@ -67,6 +68,21 @@ func (b *broker) delivered(t *testing.T) {
 	t.Helper()
 	b.wantReady(t, 0)
 	time.Sleep(100 * time.Millisecond) // from the socket to the worker's queue
+}
+
+// inOneBatch starts a consumer of one worker, and gives it messages that share a transaction,
+// after message "hold", which is applied, too.
+func (b *broker) inOneBatch(t *testing.T, db *pgxpool.Pool, cfg inbox.Config, h inbox.Handler, messages ...amqp.Publishing) *running {
+	t.Helper()
+	cfg.Batch, cfg.Workers, cfg.Prefetch = len(messages), 1, len(messages)+1
+	h, inHand, goOn := holding(h)
+	c := b.run(t, db, testenv.AMQPURL(t), h, cfg)
+	b.publish(t, amqp.Publishing{MessageId: "hold"})
+	<-inHand
+	b.publish(t, messages...)
+	b.delivered(t)
+	goOn()
+	return c
 }
 
 func TestAnotherBodyThatWasGivenBackIsParked(t *testing.T) {
@@ -214,12 +230,6 @@ func TestWhatMayHaveKilledAProcessOvertakesNothing(t *testing.T) {
 	t.Parallel()
 	b := setupBroker(t)
 	b.classic(t) // which leaves the header as it comes
-	cfg := b.config(t)
-	cfg.Batch, cfg.Workers, cfg.Prefetch = 10, 1, 10
-	h, inHand, goOn := holding(b.apply)
-	c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
-	b.publish(t, amqp.Publishing{MessageId: "hold"})
-	<-inHand
 	tx, err := b.Begin(b.ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -230,9 +240,7 @@ func TestWhatMayHaveKilledAProcessOvertakesNothing(t *testing.T) {
 	}
 	messages := keyed(3, "k")
 	messages[1].Headers["x-delivery-count"] = int64(5)
-	b.publish(t, messages...)
-	b.delivered(t)
-	goOn()
+	c := b.inOneBatch(t, b.Pool, b.config(t), b.apply, messages...)
 	time.Sleep(time.Second) // longer than a batch waits for the ID
 	if n := b.count(t, "effects", "true"); n != 0 {
 		t.Errorf("%d messages have overtaken the first", n)

@@ -27,6 +27,7 @@ const (
 
 const (
 	firstRetry, lastRetry = time.Second, time.Minute // limits of the back-off
+	outageRetry           = 10 * time.Second         // while a server lacks something
 	maxLastError          = 4 << 10                  // bytes
 )
 
@@ -49,6 +50,8 @@ func (c *Consumer) judge(err error, attempts int) parking {
 		return parking{reasonDead, attempts, 0, err}
 	case errors.As(err, &postponed):
 		return parking{reasonRetry, attempts - 1, postponed.delay, err}
+	case isOutage(err):
+		return parking{reasonRetry, attempts - 1, rand.N(outageRetry), err}
 	case attempts >= c.cfg.MaxAttempts:
 		return parking{reasonDead, attempts, 0, err}
 	}

@@ -22,9 +22,8 @@ import (
 // follows in the transaction is rolled back all the same. All that is sent after the
 // handlers is bounded by one Config.Timeout.
 //
-// Queue one statement at a time, as pgx asks for, since in the simple protocol the results
-// of more than one shift those of others; and arguments that do not change: they are read
-// when they are sent.
+// Queue one statement at a time, more are refused; and arguments that do not change: they
+// are read when they are sent.
 //
 // tx is the transaction that a Handler or the function of Handle was given, or one begun in
 // it; Pipeline panics if it is another. The batch is not to be used after the handler has
@@ -39,6 +38,9 @@ func Pipeline(tx pgx.Tx) *pgx.Batch {
 
 // errUnread is there while results are read.
 var errUnread = errors.New("a function given to a queued statement did not return, or used tx")
+
+// errSeveral: in the simple protocol the results would be taken for those of others.
+var errSeveral = errors.New("more than one statement was queued in one string")
 
 // pipeline holds the statements of a transaction that are yet to be sent.
 type pipeline struct {
@@ -79,6 +81,10 @@ func (g *guard) send(ctx context.Context) error {
 		if endsTx(q.SQL) {
 			p.culprit = of[i]
 			return g.refuse()
+		}
+		if isSeveral(q.SQL) {
+			p.culprit = of[i]
+			return errSeveral
 		}
 		read := q.Fn
 		q.Fn = func(results pgx.BatchResults) (err error) {

@@ -6,10 +6,10 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	amqp "github.com/rabbitmq/amqp091-go"
 
 	"github.com/txbox/txbox/inbox"
 	"github.com/txbox/txbox/internal/testenv"
@@ -31,19 +31,11 @@ func TestPipelinedStatementsTakeNoRoundTripEach(t *testing.T) {
 		writes.Add(1)
 		return false, false
 	}
-	cfg := b.config(t)
-	cfg.Batch, cfg.Workers, cfg.Prefetch = n, 1, n
-	h, inHand, goOn := holding(func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+	c := b.inOneBatch(t, b.pool(t, database.url), b.config(t), func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
 		before.CompareAndSwap(0, writes.Load())
 		b.pipeline(tx, m.ID)
 		return nil
-	})
-	c := b.run(t, b.pool(t, database.url), testenv.AMQPURL(t), h, cfg)
-	b.publish(t, amqp.Publishing{MessageId: "hold"})
-	<-inHand
-	b.publish(t, keyed(n-1, "k")...)
-	b.delivered(t)
-	goOn()
+	}, keyed(n-1, "k")...)
 	c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == n })
 	c.stop()
 	if made := writes.Load() - before.Load(); made > n/4 {
@@ -71,9 +63,9 @@ func TestAPipelinedStatementFailsItsMessageAlone(t *testing.T) {
 				t.Parallel()
 				b := setupBroker(t)
 				cfg := b.config(t)
-				cfg.Batch, cfg.Workers, cfg.Prefetch, cfg.MaxAttempts = 10, 1, 10, 1
+				cfg.MaxAttempts = 1
 				var calls atomic.Int64
-				h, inHand, goOn := holding(func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+				c := b.inOneBatch(t, b.Pool, cfg, func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
 					calls.Add(1)
 					switch m.ID {
 					case "3":
@@ -90,13 +82,7 @@ func TestAPipelinedStatementFailsItsMessageAlone(t *testing.T) {
 					}
 					b.pipeline(tx, m.ID)
 					return nil
-				})
-				c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
-				b.publish(t, amqp.Publishing{MessageId: "hold"})
-				<-inHand
-				b.publish(t, numbered(8)...)
-				b.delivered(t)
-				goOn()
+				}, numbered(8)...)
 				c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 8 && s.Parked["dead"] == 1 })
 				c.stop()
 				for i := range 8 {
@@ -115,27 +101,66 @@ func TestAPipelinedStatementFailsItsMessageAlone(t *testing.T) {
 	}
 }
 
+// In the simple protocol the result of the second would be taken for the next message's.
+func TestTwoStatementsInOneStringFailTheirMessageAlone(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	cfg := b.config(t)
+	cfg.MaxAttempts = 1
+	simple := b.pool(t, withParam(t, b.URL, "default_query_exec_mode", "simple_protocol"))
+	c := b.inOneBatch(t, simple, cfg, func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		if m.ID == "0" {
+			inbox.Pipeline(tx).Queue("SELECT 1; SELECT 2")
+			return nil
+		}
+		b.pipeline(tx, m.ID).Exec(func(tag pgconn.CommandTag) error {
+			if tag.String() != "INSERT 0 1" {
+				t.Errorf("message %s sees %s", m.ID, tag)
+			}
+			return nil
+		})
+		return nil
+	}, numbered(3)...)
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 3 && s.Parked["dead"] == 1 })
+	c.stop()
+	b.want(t, "0", 1, 0)
+	b.want(t, "2", 1, 1)
+}
+
+// Handlers that send nothing, together for longer than PostgreSQL lets a transaction idle.
+func TestABatchOfSlowHandlersIsAppliedAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	cfg := b.config(t)
+	cfg.Timeout = 2 * time.Second
+	const n = 9
+	var calls atomic.Int64
+	c := b.inOneBatch(t, b.Pool, cfg, func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		calls.Add(1)
+		time.Sleep(1500 * time.Millisecond)
+		b.pipeline(tx, m.ID)
+		return nil
+	}, numbered(n)...)
+	c.waitFor(t, "all applied", func(s inbox.Stats) bool { return s.Applied == n+1 })
+	c.stop()
+	if calls.Load() != n {
+		t.Errorf("%d calls for %d messages", calls.Load(), n)
+	}
+}
+
 // A handler commits behind the back of the consumer what those before it have queued, or not.
 func TestACommitByHandLosesNothingThatIsQueued(t *testing.T) {
 	t.Parallel()
 	for _, statement := range []string{"COMMIT", "ROLLBACK"} {
 		b := setupBroker(t)
-		cfg := b.config(t)
-		cfg.Batch, cfg.Workers, cfg.Prefetch = 10, 1, 10
-		h, inHand, goOn := holding(func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		c := b.inOneBatch(t, b.Pool, b.config(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
 			b.pipeline(tx, m.ID)
 			if m.ID == "2" {
 				_, err := tx.Conn().Exec(ctx, statement)
 				return err
 			}
 			return nil
-		})
-		c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
-		b.publish(t, amqp.Publishing{MessageId: "hold"})
-		<-inHand
-		b.publish(t, numbered(5)...)
-		b.delivered(t)
-		goOn()
+		}, numbered(5)...)
 		c.waitFor(t, "the culprit is dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
 		b.wantReady(t, 0)
 		c.stop()
@@ -302,9 +327,7 @@ func TestAFunctionOfAQueuedStatementMayQueueAnotherStatement(t *testing.T) {
 func TestACommitByHandAfterAnotherFailedDoublesNothing(t *testing.T) {
 	t.Parallel()
 	b := setupBroker(t)
-	cfg := b.config(t)
-	cfg.Batch, cfg.Workers, cfg.Prefetch = 10, 1, 10
-	h, inHand, goOn := holding(func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+	c := b.inOneBatch(t, b.Pool, b.config(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
 		q := b.pipeline(tx, m.ID)
 		switch m.ID {
 		case "0":
@@ -316,13 +339,7 @@ func TestACommitByHandAfterAnotherFailedDoublesNothing(t *testing.T) {
 			}
 		}
 		return nil
-	})
-	c := b.run(t, b.Pool, testenv.AMQPURL(t), h, cfg)
-	b.publish(t, amqp.Publishing{MessageId: "hold"})
-	<-inHand
-	b.publish(t, numbered(5)...)
-	b.delivered(t)
-	goOn()
+	}, numbered(5)...)
 	c.waitFor(t, "the culprit is dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
 	b.wantReady(t, 0)
 	c.stop()

@@ -53,23 +53,54 @@ func TestASilentDatabaseSpendsNoAttempt(t *testing.T) {
 func TestAServerThatCannotWorkSpendsNoAttempt(t *testing.T) {
 	t.Parallel()
 	for _, code := range []string{"53100", "25006"} {
-		b := setupBroker(t)
-		cfg := b.config(t)
-		cfg.MaxAttempts = 1
-		var runs atomic.Int64
-		c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
-			if runs.Add(1) < 4 {
-				_, err := tx.Exec(ctx, "DO $$ BEGIN RAISE SQLSTATE '"+code+"'; END $$")
-				return err
+		t.Run(code, func(t *testing.T) {
+			t.Parallel()
+			b := setupBroker(t)
+			cfg := b.config(t)
+			cfg.MaxAttempts = 1
+			var runs atomic.Int64
+			c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+				if m.Attempt != 1 {
+					t.Errorf("attempt %d", m.Attempt)
+				}
+				if runs.Add(1) < 12 { // the message is parked meanwhile
+					_, err := tx.Exec(ctx, "DO $$ BEGIN RAISE SQLSTATE '"+code+"'; END $$")
+					return err
+				}
+				return b.apply(ctx, tx, m)
+			}, cfg)
+			b.publish(t, numbered(1)...)
+			c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied+s.Parked["dead"] == 1 })
+			c.stop()
+			if s := c.Stats(); s.Applied != 1 {
+				t.Errorf("%+v", s)
 			}
-			return b.apply(ctx, tx, m)
-		}, cfg)
-		b.publish(t, numbered(1)...)
-		c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied+s.Parked["dead"] == 1 })
-		c.stop()
-		if s := c.Stats(); s.Failures != 0 || s.Applied != 1 {
-			t.Errorf("%s: %+v", code, s)
+		})
+	}
+}
+
+// One message always asks for more than the server has, as if it were an outage.
+func TestWhatLooksLikeAnOutageCostsItsBatchOnce(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	var calls atomic.Int64 // of the last before the culprit
+	c := b.inOneBatch(t, b.Pool, b.config(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		switch m.ID {
+		case "8":
+			calls.Add(1)
+		case "9":
+			inbox.Pipeline(tx).Queue("DO $$ BEGIN RAISE SQLSTATE '53200'; END $$")
+			return nil
 		}
+		return b.apply(ctx, tx, m)
+	}, numbered(10)...)
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 10 && s.Parked["retry"] > 0 })
+	c.stop()
+	if calls.Load() > 11 { // ten in vain
+		t.Errorf("%d calls", calls.Load())
+	}
+	if n := b.count(t, "inbox_parked", "attempts = 0"); n != 1 {
+		t.Errorf("%d parked without an attempt", n)
 	}
 }
 
