@@ -22,8 +22,8 @@ const (
 )
 
 // consume: from a full queue to effects, with a handler that writes one row, beside the
-// same consumer without an inbox, one transaction per message. In batches the row goes
-// through the pipeline; batch_exec shows the handler that waits for each.
+// same consumer without an inbox, one transaction per message. The row goes through the
+// pipeline; single_exec and batch_exec show the handler that waits for each.
 func consume(ctx context.Context, b *bench) ([]Result, error) {
 	p, err := newPlace(ctx, b.databaseURL, b.amqpURL, "inbox")
 	if err != nil {
@@ -42,10 +42,11 @@ func consume(ctx context.Context, b *bench) ([]Result, error) {
 		piped  bool
 		target float64
 	}{
-		{"single", inboxMessages, 1, false, false, 0.95},
+		{"single", inboxMessages, 1, false, true, 0.95},
+		{"single_exec", inboxMessages, 1, false, false, 0.95},
 		{"batch", inboxBatched, 100, false, true, 5.0},
 		{"batch_exec", inboxBatched, 100, false, false, 5.0},
-		{"single_dup50", inboxMessages, 1, true, false, 0.95},
+		{"single_dup50", inboxMessages, 1, true, true, 0.95},
 		{"batch_dup50", inboxBatched, 100, true, true, 5.0},
 	} {
 		var rounds []Round

@@ -69,7 +69,7 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 	wait := runBackOff()
 	unknown := false
 	for run := 1; ; {
-		r := c.run(ctx, u)
+		r := c.run(ctx, u, run > 1)
 		r.unknown = unknown
 		switch {
 		case isContested(r.err) && len(u.items) > 1, isLocked(r.err) && u.waits(r.culprit):
@@ -110,7 +110,7 @@ func (u unit) waits(culprit int) bool {
 }
 
 // run runs a transaction once: the claim, the handlers, COMMIT.
-func (c *Consumer) run(ctx context.Context, u unit) (r result) {
+func (c *Consumer) run(ctx context.Context, u unit, before bool) (r result) {
 	r.culprit = -1
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -126,7 +126,7 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 		r.verdict, r.err = away, err
 		return r
 	}
-	defer rollback(ctx, tx)
+	defer tx.end(ctx)
 	some, err := c.parkBlocked(callCtx, tx, u.items)
 	if err != nil {
 		r.verdict, r.err = again, err
@@ -157,12 +157,33 @@ func (c *Consumer) run(ctx context.Context, u unit) (r result) {
 	if !some {
 		return r
 	}
-	if r.verdict, r.err = c.flush(ctx, g); r.verdict != applied {
+	r.verdict, r.err = c.finish(ctx, tx, g, before)
+	if g.pipeline.err != nil {
 		r.culprit = u.culprit(g, r.verdict)
-		return r
 	}
-	r.verdict, r.err = c.commit(ctx, tx)
 	return r
+}
+
+// finish sends what handlers have left in the pipeline and commits, in one round trip if it
+// can: one that was run before takes two, which tell a statement that is too slow from a
+// COMMIT of unknown outcome.
+func (c *Consumer) finish(ctx context.Context, tx *transaction, g *guard, before bool) (verdict, error) {
+	if before || !g.pipeline.isPlain() {
+		if verdict, err := c.flush(ctx, g); verdict != applied {
+			return verdict, err
+		}
+		commitCtx, cancel := context.WithTimeout(ctx, callTimeout)
+		defer cancel()
+		return judgeCommit(ctx, tx.commit(commitCtx))
+	}
+	verdict, err := c.judged(ctx, g, "a queued statement", g.flushAndCommit)
+	switch sent := g.pipeline.err; {
+	case tx.Conn().IsClosed():
+		return judgeCommit(ctx, fmt.Errorf("%w: %w", ErrCommitUnknown, err))
+	case tx.isOver():
+		return judgeCommit(ctx, commitError(sent))
+	}
+	return verdict, err
 }
 
 // ping asks the server for nothing, lest it end a transaction in which handlers do not for
@@ -198,8 +219,12 @@ func (c *Consumer) claim(b *pgx.Batch, u unit, xid *uint32) {
 			byKey[*key] = append(byKey[*key], m)
 		}
 	}
-	args := append(append([]any{c.cfg.Name, ids, digests}, c.limits(u)...), milliseconds(u.handlerLockTimeout()))
-	b.Queue(recordAllSQL(c.cfg.Schema), args...).Query(func(rows pgx.Rows) error {
+	args := []any{c.cfg.Name, ids, digests}
+	if len(ids) == 1 {
+		args = []any{c.cfg.Name, ids[0], digests[0]}
+	}
+	args = append(append(args, c.limits(u)...), milliseconds(u.handlerLockTimeout()))
+	b.Queue(recordAllSQL(c.cfg.Schema, len(ids) == 1), args...).Query(func(rows pgx.Rows) error {
 		var id string
 		var txid int64
 		_, err := pgx.ForEachRow(rows, []any{&id, &txid, nil}, func() error {
@@ -216,7 +241,11 @@ func (c *Consumer) claim(b *pgx.Batch, u unit, xid *uint32) {
 	for key := range byKey {
 		keys = append(keys, key)
 	}
-	b.Queue(blockedSQL(c.cfg.Schema), c.cfg.Name, keys).Query(func(rows pgx.Rows) error {
+	args = []any{c.cfg.Name, keys}
+	if len(keys) == 1 {
+		args = []any{c.cfg.Name, keys[0]}
+	}
+	b.Queue(blockedSQL(c.cfg.Schema, len(keys) == 1), args...).Query(func(rows pgx.Rows) error {
 		var key string
 		_, err := pgx.ForEachRow(rows, []any{&key}, func() error {
 			for _, m := range byKey[key] {
@@ -245,11 +274,8 @@ func (c *Consumer) parkBlocked(ctx context.Context, tx pgx.Tx, items []*item) (s
 	return true, tx.SendBatch(ctx, batch).Close()
 }
 
-// commit commits, and judges what that came to.
-func (c *Consumer) commit(ctx context.Context, tx pgx.Tx) (verdict, error) {
-	commitCtx, cancel := context.WithTimeout(ctx, callTimeout)
-	defer cancel()
-	err := commit(commitCtx, tx)
+// judgeCommit judges what a COMMIT came to.
+func judgeCommit(ctx context.Context, err error) (verdict, error) {
 	switch {
 	case err == nil:
 		return applied, nil

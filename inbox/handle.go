@@ -68,7 +68,7 @@ func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(con
 	if err != nil {
 		return false, fmt.Errorf("record: %w", err)
 	}
-	defer rollback(ctx, tx) // also when fn panics
+	defer tx.end(ctx) // also when fn panics
 	if !first {
 		return false, nil
 	}
@@ -80,7 +80,7 @@ func handle(ctx context.Context, db *pgxpool.Pool, record statement, fn func(con
 	if err != nil {
 		return false, fmt.Errorf("handle: %w", err)
 	}
-	if err := commit(ctx, tx); err != nil {
+	if err := tx.commit(ctx); err != nil {
 		return false, fmt.Errorf("commit: %w", err)
 	}
 	return true, nil

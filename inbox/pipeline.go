@@ -3,13 +3,15 @@ package inbox
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/jackc/pgx/v5"
 )
 
 // Pipeline returns a batch for the statements of a handler that needs no answer to them.
 // They are sent together with those of the other messages of a transaction, when all
-// handlers have returned or one of them uses tx, and so cost no round trip each:
+// handlers have returned or one of them uses tx, and so cost no round trip each; with COMMIT,
+// too, if no functions are given to them:
 //
 //	inbox.Pipeline(tx).Queue("INSERT INTO receipts VALUES ($1)", m.ID)
 //	err := outbox.Queue(ctx, inbox.Pipeline(tx), receipt)
@@ -67,12 +69,25 @@ func (p *pipeline) drop() { p.Batch, p.of, p.err = pgx.Batch{}, nil, nil }
 func (g *guard) flush(ctx context.Context) error {
 	p := g.pipeline
 	for p.settle(); p.err == nil && p.Len() > 0; {
-		p.err = g.send(ctx)
+		p.err = g.send(ctx, false)
 	}
 	return p.err
 }
 
-func (g *guard) send(ctx context.Context) error {
+// flushAndCommit is flush with a COMMIT in the same round trip, which the server leaves out
+// if what is before it fails.
+func (g *guard) flushAndCommit(ctx context.Context) error {
+	g.pipeline.err = g.send(ctx, true)
+	return g.pipeline.err
+}
+
+// isPlain reports whether something is queued, and no functions with it, which might
+// refuse a result after a COMMIT was sent.
+func (p *pipeline) isPlain() bool {
+	return p.Len() > 0 && !slices.ContainsFunc(p.QueuedQueries, func(q *pgx.QueuedQuery) bool { return q.Fn != nil })
+}
+
+func (g *guard) send(ctx context.Context, commit bool) error {
 	p := g.pipeline
 	batch, of, at := p.Batch, p.of, p.at
 	defer func() { p.at = at }()
@@ -95,6 +110,13 @@ func (g *guard) send(ctx context.Context) error {
 			}
 			defer p.settle()
 			return read(results)
+		}
+	}
+	if commit {
+		batch.Queue("COMMIT").Fn = func(results pgx.BatchResults) error {
+			p.culprit = -1
+			_, err := results.Exec()
+			return err
 		}
 	}
 	p.err = errUnread

@@ -33,11 +33,13 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 		name, sql, args string
 		rows            int // that it wants
 	}{
-		{"record", recordAllSQL(schema), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3},
+		{"record", recordAllSQL(schema, false), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3},
+		{"record_alone", recordAllSQL(schema, true), `'c', 'new', 1, '5000', '40000', '10000', '200'`, 3},
 		{"record_one", recordSQL(schema), `'c', 'new', 1`, 3},
 		{"digests", digestsSQL(schema), `'c', ARRAY['m70000', 'm140000']`, 3},
 		{"forget", forgetSQL(schema), `'c', ARRAY['m70000', 'm140000'], 1`, 3},
-		{"blocked", blockedSQL(schema), `'c', ARRAY['k70000', 'most', 'none']`, 3},
+		{"blocked", blockedSQL(schema, false), `'c', ARRAY['k70000', 'most', 'none']`, 3},
+		{"blocked_alone", blockedSQL(schema, true), `'c', 'most'`, 3},
 		{"skip", skipBeforeSQL(schema), `'c', 'none', 'none'`, 3},
 		{"park", parkSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3},
 		{"park_recorded", parkRecordedSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3},

@@ -23,12 +23,16 @@ func recordSQL(schema string) string {
 // recordAllSQL is recordSQL for the messages $2 with the digests $3, in the order of their
 // IDs, lest two transactions wait for each other, within limits. It returns those that are
 // recorded for the first time, and the transaction. When it has the first it sets the limit
-// for the locks of handlers.
-func recordAllSQL(schema string) string {
+// for the locks of handlers. One alone is no array: it costs PostgreSQL a fifth less then.
+func recordAllSQL(schema string, one bool) string {
+	messages, order := `unnest($2::text[], $3::bigint[])`, `ORDER BY m.id COLLATE "C"`
+	if one {
+		messages, order = `(SELECT $2::text, $3::bigint)`, ""
+	}
 	return `INSERT INTO ` + table(schema, "inbox") + ` (consumer, message_id, digest)
-	SELECT $1::text, m.id, m.digest FROM unnest($2::text[], $3::bigint[]) AS m(id, digest), ` + durably + `,
+	SELECT $1::text, m.id, m.digest FROM ` + messages + ` AS m(id, digest), ` + durably + `,
 		(SELECT ` + limits("$4", "$5", "$6") + `) AS limits
-	ORDER BY m.id COLLATE "C" ON CONFLICT DO NOTHING RETURNING message_id, txid_current(), set_config('lock_timeout', $7, true)`
+	` + order + ` ON CONFLICT DO NOTHING RETURNING message_id, txid_current(), set_config('lock_timeout', $7, true)`
 }
 
 // forgetSQL deletes those records of messages that transaction $3 made (inbox_pkey).
@@ -135,10 +139,14 @@ func dueSQL(schema string) string {
 
 // blockedSQL returns those of the keys $2 of which a message is parked. Sent after
 // recordAllSQL, so that it sees what was committed while that waited. The planner must not
-// know how many keys there are: it would plan anew each time, for a third of all the
+// know what or how many keys there are: it would plan anew each time, for a third of all the
 // processor time that PostgreSQL takes for a message.
-func blockedSQL(schema string) string {
-	return `SELECT key FROM unnest((SELECT $2::text[])) AS of(key) WHERE ` + first(schema, "$1::text", "of.key") + ` IS NOT NULL`
+func blockedSQL(schema string, one bool) string {
+	keys := `unnest((SELECT $2::text[]))`
+	if one {
+		keys = `(SELECT $2::text OFFSET 0)`
+	}
+	return `SELECT key FROM ` + keys + ` AS of(key) WHERE ` + first(schema, "$1::text", "of.key") + ` IS NOT NULL`
 }
 
 // skipBeforeSQL is true if message $2 is recorded (inbox_pkey), or one of key $3 is parked.

@@ -39,36 +39,52 @@ type statement struct {
 	args []any
 }
 
+// transaction is one on a connection of its own.
+type transaction struct {
+	pgx.Tx
+	conn *pgxpool.Conn
+}
+
 // begin begins a transaction and runs in it what queue queues, in one round trip. The
-// caller rolls back or commits.
-func begin(ctx context.Context, db *pgxpool.Pool, queue func(*pgx.Batch)) (pgx.Tx, error) {
+// caller commits, and ends it in any case.
+func begin(ctx context.Context, db *pgxpool.Pool, queue func(*pgx.Batch)) (*transaction, error) {
+	conn, err := db.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
 	batch := &pgx.Batch{}
 	batch.BeginTx(pgx.TxOptions{})
 	queue(batch)
-	results := db.SendBatch(ctx, batch)
-	tx := results.Tx()
+	results := conn.SendBatch(ctx, batch)
+	t := &transaction{results.Tx(), conn}
 	if err := results.Close(); err != nil {
-		rollback(ctx, tx)
+		t.end(ctx)
 		return nil, err
 	}
-	return tx, nil
+	return t, nil
 }
 
-// rollback gives up what tx did, unless it is over already, and returns its
-// connection to the pool. It also works after ctx has ended. Its error adds
-// nothing: pgx then closes the connection, and the server rolls back.
-func rollback(ctx context.Context, tx pgx.Tx) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
-	defer cancel()
-	_ = tx.Rollback(ctx)
+// end gives up what t did, unless it is over already, and returns its connection to
+// the pool. It also works after ctx has ended. Its error adds nothing: pgx then closes
+// the connection, and the server rolls back.
+func (t *transaction) end(ctx context.Context) {
+	if !t.isOver() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
+		defer cancel()
+		_ = t.Rollback(ctx)
+	}
+	t.conn.Release()
 }
 
-// commit commits tx, or returns ctx's error without having tried.
-func commit(ctx context.Context, tx pgx.Tx) error {
+// isOver reports whether the server has committed or rolled back.
+func (t *transaction) isOver() bool { return t.conn.Conn().PgConn().TxStatus() == 'I' }
+
+// commit commits t, or returns ctx's error without having tried.
+func (t *transaction) commit(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return commitError(tx.Commit(ctx))
+	return commitError(t.Commit(ctx))
 }
 
 // commitError tells a COMMIT that the server refused from one whose outcome

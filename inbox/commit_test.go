@@ -1,0 +1,117 @@
+package inbox_test
+
+import (
+	"bytes"
+	"context"
+	"strconv"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/txbox/txbox/inbox"
+	"github.com/txbox/txbox/internal/testenv"
+)
+
+// commits reports whether what a client sends has the effect of a message and a COMMIT.
+func commits(sent []byte) bool {
+	return bytes.Contains(sent, []byte("effects")) && bytes.Contains(sent, []byte("COMMIT"))
+}
+
+// The connection is lost before the server gets the COMMIT, or before its answer comes.
+func TestACommitWithQueuedStatementsThatIsLostHasOneEffect(t *testing.T) {
+	t.Parallel()
+	for _, lost := range []string{"nothing", "request", "answer"} {
+		t.Run(lost, func(t *testing.T) {
+			t.Parallel()
+			b := setupBroker(t)
+			database := b.newDatabase(t)
+			var sent, calls atomic.Int64
+			database.onWrite = func(b []byte) (cut, swallow bool) {
+				first := commits(b) && sent.Add(1) == 1
+				return first && lost == "request", first && lost == "answer"
+			}
+			cfg := b.config(t)
+			cfg.MaxAttempts = 1
+			c := b.run(t, b.pool(t, database.url), testenv.AMQPURL(t), func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+				calls.Add(1)
+				b.pipeline(tx, m.ID)
+				return nil
+			}, cfg)
+			b.publish(t, numbered(1)...)
+			c.waitFor(t, "applied", func(s inbox.Stats) bool { return s.Applied == 1 })
+			c.stop()
+			b.want(t, "0", 1, 1)
+			again := int64(1)
+			if lost == "request" {
+				again = 2
+			}
+			if s := c.Stats(); s.Failures != 0 || sent.Load() != 1 || calls.Load() != again {
+				t.Errorf("%d calls, sent with COMMIT %d times, %+v", calls.Load(), sent.Load(), s)
+			}
+		})
+	}
+}
+
+// Two messages break a constraint that is checked by COMMIT, so that nobody knows whose fault it is.
+func TestACommitThatFailsParksNobodyElse(t *testing.T) {
+	t.Parallel()
+	for _, way := range []string{"tx", "pipeline"} {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			b := setupBroker(t)
+			b.exec(t, "CREATE TABLE "+b.Table("late")+" (n integer UNIQUE DEFERRABLE INITIALLY DEFERRED)")
+			cfg := b.config(t)
+			cfg.MaxAttempts = 1
+			insert := "INSERT INTO " + b.Table("late") + " VALUES ($1)"
+			c := b.inOneBatch(t, b.Pool, cfg, func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+				n, err := strconv.Atoi(m.ID)
+				if err != nil {
+					return err
+				}
+				if n == 6 {
+					n = 2
+				}
+				b.pipeline(tx, m.ID)
+				if way == "tx" {
+					_, err = tx.Exec(ctx, insert, n)
+					return err
+				}
+				inbox.Pipeline(tx).Queue(insert, n)
+				return nil
+			}, numbered(8)...)
+			c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 8 && s.Parked["dead"] == 1 })
+			c.stop()
+			if n := b.count(t, "effects", "true"); n != 7 {
+				t.Errorf("%d effects", n)
+			}
+			if n := b.count(t, "inbox_parked", "last_error LIKE 'commit: %late_n_key%'"); n != 1 {
+				t.Errorf("%d parked with the reason", n)
+			}
+		})
+	}
+}
+
+// A queued statement takes longer than all may take.
+func TestAQueuedStatementThatIsTooSlowFailsItsMessage(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	cfg := b.config(t)
+	cfg.Timeout, cfg.MaxAttempts = time.Second, 1
+	c := b.inOneBatch(t, b.Pool, cfg, func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		if m.ID == "1" {
+			inbox.Pipeline(tx).Queue("SELECT pg_sleep(3600)")
+		}
+		b.pipeline(tx, m.ID)
+		return nil
+	}, numbered(3)...)
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 3 && s.Parked["dead"] == 1 })
+	c.stop()
+	for id, effects := range map[string]int{"0": 1, "1": 0, "2": 1} {
+		b.want(t, id, 1, effects)
+	}
+	if n := b.count(t, "inbox_parked", "last_error LIKE 'not done after 1s: %'"); n != 1 {
+		t.Errorf("%d parked with the reason", n)
+	}
+}
