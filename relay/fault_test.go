@@ -208,17 +208,34 @@ func TestTerminatedDatabaseSessionsCostNothing(t *testing.T) {
 	b.eventuallyCount("outbox", 0)
 }
 
+// That is, a second after a message that is written at that time, however busy the machine is.
 func TestScheduledMessageGoesOutWithinASecondOfItsTime(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.start()
 	due := time.Now().Add(2 * time.Second).Truncate(time.Microsecond)
 	b.write(outbox.Message{Exchange: b.queue, NotBefore: due}, outbox.Message{Exchange: b.queue, NotBefore: time.Now().Add(time.Hour)})
-	got := b.drain(b.queue, 1)
-	if late := time.Since(due); late < 0 || late > time.Second {
-		t.Errorf("delivered %s after its time", late)
+	deliveries, err := b.ch.Consume(b.queue, "", true, false, false, false, nil)
+	b.must(err)
+	select {
+	case <-deliveries:
+		t.Error("a message came before its time")
+	case <-time.After(time.Until(due)):
 	}
-	if created := got[0].Headers["outbox-created-at"]; created != due.UTC().Format("2006-01-02T15:04:05.000000Z07:00") {
+	b.write(outbox.Message{Exchange: b.queue, Type: "unscheduled"})
+	next := func(limit time.Duration) (d amqp.Delivery) {
+		select {
+		case d = <-deliveries:
+		case <-time.After(limit):
+			t.Fatalf("nothing came within %s", limit)
+		}
+		return d
+	}
+	got := next(30 * time.Second)
+	if got.Type == "unscheduled" {
+		got = next(time.Second)
+	}
+	if created := got.Headers["outbox-created-at"]; created != due.UTC().Format("2006-01-02T15:04:05.000000Z07:00") {
 		t.Errorf("created at %v, due %s", created, due)
 	}
 	b.eventuallyCount("outbox_parked", 1)
