@@ -32,8 +32,8 @@ type Config struct {
 	// Schema is the database schema of txbox's tables; default "txbox".
 	Schema string
 	// Prefetch is how many deliveries RabbitMQ sends ahead, and so the most that are
-	// held in memory, or share a batch; 1 to 65,535, default 100 or, if that is more, two batches for
-	// each worker.
+	// held in memory; no less than Batch, at most 65,535, default 100 or, if that is more, two
+	// batches for each worker.
 	Prefetch int
 	// Workers is how many messages are handled at the same time, each in a
 	// transaction on a connection of its own; less than the pool's MaxConns, default
@@ -198,6 +198,9 @@ func (cfg *Config) completeNumbers(maxWorkers int) (problems []error) {
 	}
 	number("Batch", &cfg.Batch, 1, maxBatch)
 	number("Prefetch", &cfg.Prefetch, min(max(100, 2*cfg.Workers*cfg.Batch), math.MaxUint16), math.MaxUint16)
+	if cfg.Prefetch > 0 && cfg.Prefetch < cfg.Batch {
+		problems = append(problems, fieldError("Prefetch", "%d is less than Batch, %d, which would never be full", cfg.Prefetch, cfg.Batch))
+	}
 	number("MaxAttempts", &cfg.MaxAttempts, 10, math.MaxInt32)
 	if cfg.Before != nil && cfg.Batch > 1 {
 		problems = append(problems, fieldError("Before", "is not called for batches; Batch must be 1"))

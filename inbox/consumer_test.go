@@ -413,6 +413,7 @@ func TestNewConsumerReportsAllProblemsAtOnce(t *testing.T) {
 	refused(e.Pool, url, strings.Repeat("q", 101), handler, inbox.Config{}, "Name")
 	refused(e.Pool, url, "q", handler, inbox.Config{Name: "a\x00b"}, "Name")
 	refused(e.Pool, url, "q", handler, inbox.Config{Prefetch: 65536}, "Prefetch")
+	refused(e.Pool, url, "q", handler, inbox.Config{Prefetch: 9, Batch: 10}, "Prefetch")
 	refused(e.Pool, url, "q", handler, inbox.Config{Workers: int(e.Stat().MaxConns())}, "Workers")
 	refused(e.Pool, "amqp://u:s3cret@example.com", "q", handler, inbox.Config{}, "amqpURL")
 	refused(e.Pool, url, "q", handler, inbox.Config{Batch: 10_001, Horizon: time.Minute}, "Batch", "Horizon")

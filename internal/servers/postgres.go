@@ -155,6 +155,8 @@ max_connections = 200
 log_line_prefix = '%m [%p] %a '
 timezone = 'UTC'
 log_timezone = 'UTC'
+# Not "$user": tables of examples would land in the schema txbox.
+search_path = 'public'
 `
 
 // initialise makes the folder data, in whole or not at all. Its own process number
