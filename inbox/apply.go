@@ -60,6 +60,7 @@ type result struct {
 	culprit int    // failed, ended: the index of the item whose handler did it; -1: nobody's
 	xid     uint32 // of the transaction, as its rows bear it
 	unknown bool   // an earlier run of it may have committed
+	others  others // applied: what is known of IDs that were recorded before; nil: nothing
 }
 
 // apply runs a transaction until there is a verdict to act on. A database that is away is
@@ -110,7 +111,7 @@ func (u unit) waits(culprit int) bool {
 }
 
 // run runs a transaction once: the claim, the handlers, COMMIT.
-func (c *Consumer) run(ctx context.Context, u unit, before bool) (r result) {
+func (c *Consumer) run(ctx context.Context, u unit, rerun bool) (r result) {
 	r.culprit = -1
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
@@ -154,10 +155,18 @@ func (c *Consumer) run(ctx context.Context, u unit, before bool) (r result) {
 			return r
 		}
 	}
+	if !some && u.unpark == nil {
+		batch := &pgx.Batch{}
+		known := c.compare(batch, u.items)
+		batch.Queue("ROLLBACK")
+		if tx.SendBatch(callCtx, batch).Close() == nil { // otherwise it is asked again
+			r.others = known
+		}
+	}
 	if !some {
 		return r
 	}
-	r.verdict, r.err = c.finish(ctx, tx, g, before)
+	r.verdict, r.err = c.finish(ctx, tx, g, rerun)
 	if g.pipeline.err != nil {
 		r.culprit = u.culprit(g, r.verdict)
 	}
@@ -167,8 +176,8 @@ func (c *Consumer) run(ctx context.Context, u unit, before bool) (r result) {
 // finish sends what handlers have left in the pipeline and commits, in one round trip if it
 // can: one that was run before takes two, which tell a statement that is too slow from a
 // COMMIT of unknown outcome.
-func (c *Consumer) finish(ctx context.Context, tx *transaction, g *guard, before bool) (verdict, error) {
-	if before || !g.pipeline.isPlain() {
+func (c *Consumer) finish(ctx context.Context, tx *transaction, g *guard, rerun bool) (verdict, error) {
+	if rerun || !g.pipeline.isPlain() {
 		if verdict, err := c.flush(ctx, g); verdict != applied {
 			return verdict, err
 		}

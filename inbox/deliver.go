@@ -177,7 +177,7 @@ func (w *worker) settle(items []*item) {
 	switch {
 	case result.verdict == applied:
 		w.batch.grow(len(items))
-		w.recorded(w.ctx, w.live, items, result.unknown)
+		w.recorded(w.ctx, w.live, items, result)
 	case result.verdict == stopped:
 	case result.verdict == contested:
 		for _, m := range items {
@@ -243,26 +243,28 @@ func (c *Consumer) forget(ctx context.Context, items []*item, xid uint32) bool {
 
 // recorded counts and acknowledges messages that are on record. What was recorded before
 // is a duplicate, unless it has the ID of another message.
-func (c *Consumer) recorded(ctx, live context.Context, items []*item, unknown bool) {
+func (c *Consumer) recorded(ctx, live context.Context, items []*item, r result) {
 	var before []*item
 	for _, m := range items {
 		if m.fate == taken {
 			before = append(before, m)
 		}
 	}
-	others, ok := c.othersWithID(live, before)
-	if !ok {
-		return // RabbitMQ delivers them all again
+	if r.others == nil {
+		var ok bool
+		if r.others, ok = c.othersWithID(live, before); !ok {
+			return // RabbitMQ delivers them all again
+		}
 	}
 	var settled []*item
 	duplicates, effects, behind := 0, 0, 0
 	for _, m := range items {
 		duplicates += len(m.deliveries) - 1
 		switch {
-		case m.fate == taken && others[m.id()]:
+		case m.fate == taken && r.others[m.id()]:
 			c.parkUnowned(m, reasonConflict, errConflict)
 			continue
-		case m.fate == taken && !unknown:
+		case m.fate == taken && !r.unknown:
 			duplicates++
 		case m.fate == blocked:
 			behind++
@@ -286,29 +288,37 @@ func (c *Consumer) recorded(ctx, live context.Context, items []*item, unknown bo
 
 var errConflict = errors.New("another message with this ID was received before")
 
-// othersWithID returns the IDs among those recorded under which another message was
-// received; false if live ended before that was known.
-func (c *Consumer) othersWithID(live context.Context, items []*item) (others map[string]bool, ok bool) {
-	others = make(map[string]bool)
+// others are the IDs under which another message was received.
+type others map[string]bool
+
+// othersWithID compares messages with those recorded; false if live ended before.
+func (c *Consumer) othersWithID(live context.Context, items []*item) (found others, ok bool) {
 	if len(items) == 0 {
-		return others, true
+		return found, true
 	}
+	ok = c.persevere(live, func(ctx context.Context) error {
+		batch := &pgx.Batch{}
+		found = c.compare(batch, items)
+		return c.db.SendBatch(ctx, batch).Close()
+	})
+	return found, ok
+}
+
+// compare queues the statement that finds the others, where items were recorded before.
+func (c *Consumer) compare(b *pgx.Batch, items []*item) others {
+	found := make(others)
 	ids, digests := make([]string, len(items)), make(map[string]int64, len(items))
 	for i, m := range items {
 		ids[i], digests[m.id()] = m.id(), m.digest()
 	}
-	ok = c.persevere(live, func(ctx context.Context) error {
-		rows, err := c.db.Query(ctx, digestsSQL(c.cfg.Schema), c.cfg.Name, ids)
-		if err != nil {
-			return err
-		}
+	b.Queue(digestsSQL(c.cfg.Schema), c.cfg.Name, ids).Query(func(rows pgx.Rows) error {
 		var id string
 		var digest int64
-		_, err = pgx.ForEachRow(rows, []any{&id, &digest}, func() error {
-			others[id] = digests[id] != digest
+		_, err := pgx.ForEachRow(rows, []any{&id, &digest}, func() error {
+			found[id] = digests[id] != digest
 			return nil
 		})
 		return err
 	})
-	return others, ok
+	return found
 }
