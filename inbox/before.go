@@ -49,7 +49,7 @@ func (c *Consumer) prepareDelivered(ctx, live context.Context, m *item) bool {
 	}
 	var skip bool
 	ok := c.persevere(live, func(ctx context.Context) error {
-		return c.db.QueryRow(ctx, skipBeforeSQL(c.cfg.Schema), c.cfg.Name, m.id(), m.storableKey()).Scan(&skip)
+		return c.db.QueryRow(ctx, skipBeforeSQL(c.cfg.Schema), unplanned, c.cfg.Name, m.id(), m.storableKey()).Scan(&skip)
 	})
 	if !ok || skip {
 		return ok

@@ -190,7 +190,7 @@ func (c *Consumer) unblock(live context.Context, e envelope) {
 	}
 	ctx, cancel := context.WithTimeout(live, callTimeout)
 	defer cancel()
-	_, err := c.db.Exec(ctx, unblockSQL(c.cfg.Schema), c.cfg.Name, *key)
+	_, err := c.db.Exec(ctx, unblockSQL(c.cfg.Schema), unplanned, c.cfg.Name, *key)
 	c.reportDatabase(live, err)
 	c.wakeUp()
 }
@@ -218,7 +218,7 @@ func lastError(err error) string {
 // persist executes s until that succeeds or live ends, and once in any case.
 func (c *Consumer) persist(live context.Context, s statement) (rows int64, ok bool) {
 	ok = c.persevere(live, func(ctx context.Context) error {
-		tag, err := c.db.Exec(ctx, s.sql, s.args...)
+		tag, err := c.db.Exec(ctx, s.sql, append([]any{unplanned}, s.args...)...)
 		rows = tag.RowsAffected()
 		return err
 	})
@@ -301,7 +301,7 @@ func (c *Consumer) listDue(ctx context.Context) (all []dueRow, waiting bool, err
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	defer func() { c.reportDatabase(ctx, err) }()
-	rows, err := c.db.Query(callCtx, dueSQL(c.cfg.Schema), pgx.QueryExecModeCacheDescribe, c.cfg.Name, duePage)
+	rows, err := c.db.Query(callCtx, dueSQL(c.cfg.Schema), unplanned, c.cfg.Name, duePage)
 	if err != nil {
 		return nil, false, err
 	}
@@ -322,7 +322,7 @@ func (c *Consumer) listDue(ctx context.Context) (all []dueRow, waiting bool, err
 func (c *Consumer) unblockAll(ctx context.Context, key string) (next string) {
 	callCtx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	err := c.db.QueryRow(callCtx, unblockAllSQL(c.cfg.Schema), c.cfg.Name, key, unblockPage).Scan(&next)
+	err := c.db.QueryRow(callCtx, unblockAllSQL(c.cfg.Schema), unplanned, c.cfg.Name, key, unblockPage).Scan(&next)
 	c.reportDatabase(ctx, err)
 	return next
 }
@@ -382,7 +382,7 @@ func (c *Consumer) claimParked(ctx context.Context, row dueRow) (*parkedMessage,
 	p := &parkedMessage{id: row.id}
 	var properties, headers []byte
 	over := 2*c.cfg.Timeout + 3*callTimeout // Before and the Handler
-	err := c.db.QueryRow(ctx, claimSQL(c.cfg.Schema), row.id, over.Seconds(), row.attempts).Scan(&p.token, &properties, &headers, &p.body)
+	err := c.db.QueryRow(ctx, claimSQL(c.cfg.Schema), unplanned, row.id, over.Seconds(), row.attempts).Scan(&p.token, &properties, &headers, &p.body)
 	if err != nil {
 		return nil, err
 	}

@@ -11,11 +11,34 @@ import (
 	"github.com/txbox/txbox/internal/testenv"
 )
 
-// Plans that PostgreSQL keeps since the tables were empty, as they usually are when a
-// consumer starts, serve as well when they are large: each statement reads only what it
+// planned tells when a statement is.
+type planned int
+
+const (
+	always planned = iota // whenever it runs
+	once                  // for each connection, until the table is analyzed
+	// onceOfParked read all of inbox_parked, one page, if that is what was there when they
+	// were planned, until autovacuum analyzes it: once a minute, after 50 more rows.
+	onceOfParked
+)
+
+const asBefore = "as planned before"
+
+// Plans that PostgreSQL keeps since the tables were empty or small, as they usually are when
+// a consumer starts, serve as well when they are large: each statement reads only what it
 // needs, whatever the statistics. What is planned each time is here, too.
 func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 	t.Parallel()
+	for _, rows := range []int{0, 20} {
+		t.Run(fmt.Sprint(rows), func(t *testing.T) {
+			t.Parallel()
+			readOnlyWhatTheyNeed(t, rows)
+		})
+	}
+}
+
+// readOnlyWhatTheyNeed plans for tables of few rows, analyzed if there are any.
+func readOnlyWhatTheyNeed(t *testing.T, few int) {
 	ctx, db := testenv.Context(t), testenv.Schema(t)
 	inbox, parked, schema := db.Table("inbox"), db.Table("inbox_parked"), db.Schema
 	conn, err := db.Acquire(ctx)
@@ -32,60 +55,77 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 	statements := []struct {
 		name, sql, args string
 		rows            int // that it wants
+		plan            planned
 	}{
-		{"record", recordAllSQL(schema, false), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3},
-		{"record_alone", recordAllSQL(schema, true), `'c', 'new', 1, '5000', '40000', '10000', '200'`, 3},
-		{"record_one", recordSQL(schema), `'c', 'new', 1`, 3},
-		{"digests", digestsSQL(schema), `'c', ARRAY['m70000', 'm140000']`, 3},
-		{"forget", forgetSQL(schema), `'c', ARRAY['m70000', 'm140000'], 1`, 3},
-		{"blocked", blockedSQL(schema, false), `'c', ARRAY['k70000', 'most', 'none']`, 3},
-		{"blocked_alone", blockedSQL(schema, true), `'c', 'most'`, 3},
-		{"skip", skipBeforeSQL(schema), `'c', 'none', 'none'`, 3},
-		{"park", parkSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3},
-		{"park_recorded", parkRecordedSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3},
-		{"park_ended", parkEndedSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', ''`, 3},
-		{"park_ended_again", parkEndedAgainSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', '', 70000`, 3},
-		{"park_unowned", parkUnownedSQL(schema), `'c', 'm1', 'too_old', 1, 'e', '', '', ''`, 3},
-		{"unblock", unblockSQL(schema), `'c', 'most'`, 3},
-		{"unblock_all", unblockAllSQL(schema), `'c', 'k5', 20`, 20},
-		{"claim", claimSQL(schema), `70000, 60, 0`, 3},
-		{"unpark", unparkSQL(schema), `70000, 0`, 3},
-		{"settle", settleSQL(schema), `70000, 0, 'retry', 1, 'e', 1`, 3},
-		{"prune", pruneSQL(schema, true), `'c', 'm5', 1, 100, 'c'`, 100},
+		{"record", recordAllSQL(schema, false), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3, once},
+		{"record_alone", recordAllSQL(schema, true), `'c', 'new', 1, '5000', '40000', '10000', '200'`, 3, once},
+		{"record_one", recordSQL(schema), `'c', 'new', 1`, 3, once},
+		{"digests", digestsSQL(schema), `'c', ARRAY['m70000', 'm140000']`, 3, once},
+		{"forget", forgetSQL(schema), `'c', ARRAY['m70000', 'm140000'], 1`, 3, always},
+		{"blocked", blockedSQL(schema, false), `'c', ARRAY['k70000', 'most', 'none']`, 3, onceOfParked},
+		{"blocked_alone", blockedSQL(schema, true), `'c', 'most'`, 3, onceOfParked},
+		{"skip", skipBeforeSQL(schema), `'c', 'none', 'none'`, 3, always},
+		{"park", parkSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3, always},
+		{"park_recorded", parkRecordedSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3, onceOfParked},
+		{"park_ended", parkEndedSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', ''`, 3, always},
+		{"park_ended_again", parkEndedAgainSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', '', 70000`, 3, always},
+		{"park_unowned", parkUnownedSQL(schema), `'c', 'm1', 'too_old', 1, 'e', '', '', ''`, 3, always},
+		{"unblock", unblockSQL(schema), `'c', 'most'`, 3, always},
+		{"unblock_all", unblockAllSQL(schema), `'c', 'k5', 20`, 20, always},
+		{"claim", claimSQL(schema), `70000, 60, 0`, 3, always},
+		{"unpark", unparkSQL(schema), `70000, 0`, 3, onceOfParked},
+		{"settle", settleSQL(schema), `70000, 0, 'retry', 1, 'e', 1`, 3, always},
+		{"due", dueSQL(schema), `'c', 100`, duePage, always},
+		{"prune", pruneSQL(schema, true), `'c', 'm5', 1, 100, 'c'`, 100, always},
 	}
+	fill := func(from, to int) {
+		t.Helper()
+		for _, sql := range []string{
+			`INSERT INTO ` + inbox + ` (consumer, message_id, digest) SELECT c, 'm' || n, n FROM generate_series($1::int, $2::int) AS n, unnest(ARRAY['b', 'c']) AS c`,
+			`INSERT INTO ` + parked + ` (consumer, message_id, key, reason, due_at)
+			SELECT 'c', 'm' || n, CASE WHEN n % 2 = 0 THEN 'k' || n ELSE 'most' END, CASE WHEN n % 2 = 0 THEN 'retry' ELSE 'blocked' END,
+				CASE WHEN n % 2 = 0 THEN now() - interval '1 hour' END FROM generate_series($1::int, least($2, 100000)) AS n`,
+		} {
+			if _, err := db.Exec(ctx, sql, from, to); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	analyze := func() {
+		t.Helper()
+		exec("ANALYZE " + inbox + ", " + parked)
+	}
+	for _, table := range []string{inbox, parked} {
+		exec("ALTER TABLE " + table + " SET (autovacuum_enabled = false)") // which would help
+	}
+	if few > 0 {
+		fill(1, few)
+		analyze()
+	}
+	prepare := func(name, sql string) { exec("PREPARE " + name + " AS " + sql) }
 	for _, s := range statements {
-		exec("PREPARE " + s.name + " AS " + s.sql)
+		prepare(s.name, s.sql)
 		for range 8 { // after five it may keep a plan
 			exec("BEGIN; EXECUTE " + s.name + "(" + s.args + "); ROLLBACK")
 		}
 	}
-	for _, sql := range []string{
-		`ALTER TABLE ` + inbox + ` SET (autovacuum_enabled = false)`, // which would help
-		`ALTER TABLE ` + parked + ` SET (autovacuum_enabled = false)`,
-		`INSERT INTO ` + inbox + ` (consumer, message_id, digest) SELECT c, 'm' || n, n FROM generate_series(1, 150000) AS n, unnest(ARRAY['b', 'c']) AS c`,
-		`INSERT INTO ` + parked + ` (consumer, message_id, key, reason, due_at)
-			SELECT 'c', 'm' || n, CASE WHEN n % 2 = 0 THEN 'k' || n ELSE 'most' END, CASE WHEN n % 2 = 0 THEN 'retry' ELSE 'blocked' END,
-				CASE WHEN n % 2 = 0 THEN now() - interval '1 hour' END FROM generate_series(1, 100000) AS n`,
-	} {
-		if _, err := db.Exec(ctx, sql); err != nil {
-			t.Fatal(err)
-		}
-	}
-	due := statements[0]
-	due.name, due.sql, due.args, due.rows = "due", dueSQL(schema), "", duePage // planned each time
-	statements = append(statements, due)
+	fill(few+1, 150_000)
 	check := func(when string) {
 		for _, s := range statements {
+			switch {
+			case s.plan == always:
+				exec("DEALLOCATE " + s.name)
+				prepare(s.name, s.sql)
+			case s.plan == onceOfParked && few > 0 && when == asBefore:
+				continue
+			}
 			tx, err := conn.Begin(ctx)
 			if err != nil {
 				t.Fatal(err)
 			}
 			var text []byte
-			explained, mode := fmt.Sprintf("EXECUTE %s(%s)", s.name, s.args), []any{pgx.QueryExecModeSimpleProtocol}
-			if s.args == "" {
-				explained, mode = s.sql, []any{pgx.QueryExecModeCacheDescribe, "c", duePage}
-			}
-			if err := tx.QueryRow(ctx, "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) "+explained, mode...).Scan(&text); err != nil {
+			explain := "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE " + s.name + "(" + s.args + ")"
+			if err := tx.QueryRow(ctx, explain, pgx.QueryExecModeSimpleProtocol).Scan(&text); err != nil {
 				t.Fatalf("%s: %v", s.name, err)
 			}
 			if err := tx.Rollback(ctx); err != nil {
@@ -106,11 +146,7 @@ func TestStatementsReadOnlyWhatTheyNeed(t *testing.T) {
 			}
 		}
 	}
-	check("with plans for empty tables")
-	for _, table := range []string{inbox, parked} {
-		if _, err := db.Exec(ctx, "ANALYZE "+table); err != nil {
-			t.Fatal(err)
-		}
-	}
+	check(asBefore)
+	analyze()
 	check("analyzed")
 }

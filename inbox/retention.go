@@ -74,7 +74,7 @@ func (p *pruner) next(ctx context.Context, db pgxBeginner) (pruned int64, more b
 				return err
 			}
 		}
-		args := []any{p.consumer, p.messageID, p.olderThan.Seconds(), prunePage}
+		args := []any{unplanned, p.consumer, p.messageID, p.olderThan.Seconds(), prunePage}
 		if p.only != "" {
 			args = append(args, p.only)
 		}

@@ -8,6 +8,11 @@ import (
 
 // All statements of the package. Each touches its rows through the index that
 // its comment names, whatever the statistics of a table that is usually empty say.
+// Those that are not for each message are planned whenever they run, see unplanned.
+
+// unplanned makes PostgreSQL plan a statement for each execution, by the size that the table
+// has then: a plan that was made and kept while it was small may read all of it.
+const unplanned = pgx.QueryExecModeCacheDescribe
 
 func table(schema, name string) string { return pgx.Identifier{schema, name}.Sanitize() }
 
@@ -41,10 +46,14 @@ func forgetSQL(schema string) string {
 	AND xmin::text = ($3::bigint)::text`
 }
 
-// digestsSQL returns the digests of messages that are recorded (inbox_pkey).
+// digestsSQL returns the digests of messages that are recorded, one range of inbox_pkey for
+// each: of = ANY the planner makes a filter of all that the consumer has recorded, if that
+// was little when it planned.
 func digestsSQL(schema string) string {
-	return `SELECT message_id, digest FROM ` + table(schema, "inbox") + `
-	WHERE consumer = $1 AND message_id = ANY ($2::text[]) AND digest IS NOT NULL`
+	return `SELECT of.id, r.digest FROM unnest((SELECT $2::text[])) AS of(id), LATERAL (
+		SELECT digest FROM ` + table(schema, "inbox") + `
+		WHERE (consumer, message_id) >= ($1::text, of.id) AND (consumer, message_id) <= ($1, of.id)
+		ORDER BY consumer, message_id LIMIT 1) AS r WHERE r.digest IS NOT NULL`
 }
 
 // durably makes the COMMIT of its transaction wait for this server's disk at
@@ -128,7 +137,7 @@ func first(schema, consumer, key string) string {
 
 // dueSQL lists what waits for another attempt, soonest first, in the order of
 // inbox_parked_due, except what is behind an earlier one of its key.
-// It is planned whenever it runs, and has a range and a coalesce, lest it sort all and look
+// It has a range and a coalesce, lest it sort all and look
 // for each one's key: the planner thinks that many pass these, and few an = and an OR.
 func dueSQL(schema string) string {
 	return `SELECT id, attempts, due_at <= statement_timestamp() FROM ` + table(schema, "inbox_parked") + ` AS p
