@@ -155,15 +155,10 @@ func (c *Consumer) run(ctx context.Context, u unit, rerun bool) (r result) {
 			return r
 		}
 	}
-	if !some && u.unpark == nil {
-		batch := &pgx.Batch{}
-		known := c.compare(batch, u.items)
-		batch.Queue("ROLLBACK")
-		if tx.SendBatch(callCtx, batch).Close() == nil { // otherwise it is asked again
-			r.others = known
-		}
-	}
 	if !some {
+		if u.unpark == nil {
+			r.others = c.endTaken(callCtx, tx, u.items)
+		}
 		return r
 	}
 	r.verdict, r.err = c.finish(ctx, tx, g, rerun)
@@ -193,6 +188,18 @@ func (c *Consumer) finish(ctx context.Context, tx *transaction, g *guard, rerun 
 		return judgeCommit(ctx, commitError(sent))
 	}
 	return verdict, err
+}
+
+// endTaken ends a transaction that has nothing to do, and finds the others in the same round
+// trip; nil if that fails.
+func (c *Consumer) endTaken(ctx context.Context, tx pgx.Tx, items []*item) others {
+	batch := &pgx.Batch{}
+	found := c.compare(batch, items)
+	batch.Queue("ROLLBACK")
+	if tx.SendBatch(ctx, batch).Close() != nil {
+		return nil
+	}
+	return found
 }
 
 // ping asks the server for nothing, lest it end a transaction in which handlers do not for

@@ -115,7 +115,10 @@ func (g *guard) send(ctx context.Context, commit bool) error {
 	if commit {
 		batch.Queue("COMMIT").Fn = func(results pgx.BatchResults) error {
 			p.culprit = -1
-			_, err := results.Exec()
+			tag, err := results.Exec()
+			if err == nil && tag.String() == "ROLLBACK" {
+				err = pgx.ErrTxCommitRollback
+			}
 			return err
 		}
 	}
