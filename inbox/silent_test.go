@@ -111,7 +111,8 @@ func TestALostClaimSpendsNoAttemptAndNoTime(t *testing.T) {
 	database := b.newDatabase(t)
 	var claims atomic.Int64
 	database.onWrite = func(sent []byte) (cut, swallow bool) {
-		claim := bytes.Contains(sent, []byte("SET attempts = attempts + 1"))
+		const execute = "E\x00\x00\x00\x09" // the message of that name; its argument types are asked for before
+		claim := bytes.Contains(sent, []byte("SET attempts = attempts + 1")) && bytes.Contains(sent, []byte(execute))
 		return false, claim && claims.Add(1) == 1
 	}
 	cfg := b.config(t)
