@@ -176,7 +176,8 @@ func TestAHandlerThatTakesTooLongIsParked(t *testing.T) {
 		<-ctx.Done()
 		return ctx.Err()
 	}, cfg)
-	c.waitFor(t, "parked", func(s inbox.Stats) bool { return s.Parked["retry"] >= 2 })
+	testenv.Eventually(t, testLimit, "both are parked", func() bool { return b.count(t, "inbox_parked", "true") == 2 })
+	c.stop()
 	for _, id := range []string{"0", "1"} {
 		if row := b.parked(t, id); !strings.Contains(row.lastError, "not done after 50ms") {
 			t.Errorf("%+v", row)
