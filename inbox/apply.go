@@ -162,7 +162,7 @@ func (c *Consumer) run(ctx context.Context, u unit, rerun bool) (r result) {
 		return r
 	}
 	r.verdict, r.err = c.finish(ctx, tx, g, rerun)
-	if g.pipeline.err != nil {
+	if len(u.items) == 1 || g.pipeline.err != nil || r.verdict == ended {
 		r.culprit = u.culprit(g, r.verdict)
 	}
 	return r

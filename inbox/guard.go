@@ -285,14 +285,22 @@ func comment(sql string) int {
 	return len(sql)
 }
 
-// escaped returns the length of a literal in which a backslash escapes a quote.
+// continued finds what lies between two parts of one literal.
+var continued = regexp.MustCompile(`^[ \t\f\v]*(--[^\n\r]*)?[\n\r]\s*(--[^\n\r]*[\n\r]\s*)*'`)
+
+// escaped returns the length of a literal in which a backslash escapes a quote, also if it
+// goes on in another line.
 func escaped(sql string) int {
 	for i := 2; i < len(sql); i++ {
 		switch sql[i] {
 		case '\\':
 			i++
 		case '\'':
-			return i + 1
+			gap := len(continued.FindString(sql[i+1:]))
+			if gap == 0 {
+				return i + 1
+			}
+			i += gap
 		}
 	}
 	return len(sql)

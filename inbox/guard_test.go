@@ -45,7 +45,7 @@ func TestTheHandlersTransactionRefusesStatementsThatEndIt(t *testing.T) {
 		"commit", " COMMIT AND CHAIN", "end", "ABORT;", "rollback", "ROLLBACK WORK", "PREPARE TRANSACTION 'x'",
 		"-- x\nCOMMIT", "-- x\rCOMMIT", "\vCOMMIT", "ROLLBACK\vWORK", "/* /* */ */ rollback", "rollback/**/work", "SELECT 1; COMMIT; BEGIN",
 		"SELECT $a$;$$$a$; commit", "SELECT 'a''b'; COMMIT", `SELECT E'\''; COMMIT`, `SELECT 1 AS "a;"; COMMIT`,
-		`SELECT name'a\'; COMMIT`, "SELECT $é$'$é$; COMMIT", "SELECT 1 AS a$b$; COMMIT",
+		"SELECT E'a'\n'\\'' ; ROLLBACK; SELECT ''", `SELECT name'a\'; COMMIT`, "SELECT $é$'$é$; COMMIT", "SELECT 1 AS a$b$; COMMIT",
 	} {
 		for way, send := range ways {
 			first, err := e.Handle(e.ctx, e.Pool, consumer, "m", func(ctx context.Context, tx pgx.Tx) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -81,10 +82,17 @@ func (g *guard) flushAndCommit(ctx context.Context) error {
 	return g.pipeline.err
 }
 
-// isPlain reports whether something is queued, and no functions with it, which might
-// refuse a result after a COMMIT was sent.
+// isPlain reports whether something is queued, and nothing that may end the transaction
+// unseen or refuse a result after a COMMIT was sent: no functions, no names of prepared
+// statements, no SQL that is rewritten when it is sent.
 func (p *pipeline) isPlain() bool {
-	return p.Len() > 0 && !slices.ContainsFunc(p.QueuedQueries, func(q *pgx.QueuedQuery) bool { return q.Fn != nil })
+	return p.Len() > 0 && !slices.ContainsFunc(p.QueuedQueries, func(q *pgx.QueuedQuery) bool {
+		rewritten := false
+		if len(q.Arguments) > 0 {
+			_, rewritten = q.Arguments[0].(pgx.QueryRewriter)
+		}
+		return q.Fn != nil || rewritten || !strings.ContainsAny(q.SQL, " \t\n")
+	})
 }
 
 func (g *guard) send(ctx context.Context, commit bool) error {

@@ -151,13 +151,16 @@ func TestABatchOfSlowHandlersIsAppliedAtOnce(t *testing.T) {
 // A handler commits behind the back of the consumer what those before it have queued, or not.
 func TestACommitByHandLosesNothingThatIsQueued(t *testing.T) {
 	t.Parallel()
-	for _, statement := range []string{"COMMIT", "ROLLBACK"} {
+	for _, statements := range [][]string{{"COMMIT"}, {"ROLLBACK"}, {"COMMIT", "DO $$ BEGIN RAISE SQLSTATE '55P03'; END $$"}} {
 		b := setupBroker(t)
 		c := b.inOneBatch(t, b.Pool, b.config(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
 			b.pipeline(tx, m.ID)
 			if m.ID == "2" {
-				_, err := tx.Conn().Exec(ctx, statement)
-				return err
+				for _, sql := range statements {
+					if _, err := tx.Conn().Exec(ctx, sql); err != nil {
+						return err
+					}
+				}
 			}
 			return nil
 		}, numbered(5)...)

@@ -142,7 +142,7 @@ func isOutage(err error) bool {
 func isContested(err error) bool { return isConflict(err) || isLocked(err) }
 
 // isLocked reports whether err says that a lock was not to be had in time.
-func isLocked(err error) bool { return sqlState(err) == "55P03" }
+func isLocked(err error) bool { return sqlState(err) == "55P03" && !errors.Is(err, ErrTxEnded) }
 
 // sound returns err, or another in its place if it panics when it is asked what it
 // is: a nil pointer of an error's type is not nil.
