@@ -94,7 +94,7 @@ func (a *acks) flush(all bool) {
 		case tag < a.next:
 			last = max(last, tag)
 		case all || before:
-			_ = a.channel.Ack(tag, false)
+			_ = a.channel.Ack(tag, false) // as below
 		default:
 			a.waiting[tag] = true
 			continue
@@ -102,7 +102,7 @@ func (a *acks) flush(all bool) {
 		delete(a.waiting, tag)
 	}
 	if last > 0 { // which was not acknowledged before: RabbitMQ would close the channel
-		_ = a.channel.Ack(last, true)
+		_ = a.channel.Ack(last, true) // the channel has ended: they come again
 	}
 }
 

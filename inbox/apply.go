@@ -182,7 +182,7 @@ func (c *Consumer) finish(ctx context.Context, tx *transaction, g *guard, rerun 
 	}
 	verdict, err := c.judged(ctx, g, "a queued statement", g.flushAndCommit)
 	switch sent := g.pipeline.err; {
-	case tx.Conn().IsClosed():
+	case tx.Conn().IsClosed() && !isUnsent(sent):
 		return judgeCommit(ctx, fmt.Errorf("%w: %w", ErrCommitUnknown, err))
 	case tx.isOver():
 		return judgeCommit(ctx, commitError(sent))
@@ -376,6 +376,8 @@ func (c *Consumer) judged(ctx context.Context, g *guard, what string, fn func(co
 	case ctx.Err() != nil:
 		return stopped, err
 	case isDeliberate(err):
+		return failed, err
+	case isUnsent(err):
 		return failed, err
 	case isConflict(err), isOutage(err), g.Tx.Conn().IsClosed() && (!late || c.silent(ctx)):
 		return again, err

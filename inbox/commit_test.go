@@ -115,3 +115,33 @@ func TestAQueuedStatementThatIsTooSlowFailsItsMessage(t *testing.T) {
 		t.Errorf("%d parked with the reason", n)
 	}
 }
+
+// COMMIT meets a lock each time, which is not waited for as for an ID: without end.
+func TestACommitThatMeetsALockIsParked(t *testing.T) {
+	t.Parallel()
+	for _, way := range []string{"tx", "pipeline"} {
+		t.Run(way, func(t *testing.T) {
+			t.Parallel()
+			b := setupBroker(t)
+			b.exec(t, "CREATE TABLE "+b.Table("late")+" (n integer)")
+			b.exec(t, "CREATE FUNCTION "+b.Table("locked")+"() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE SQLSTATE '55P03'; END $$")
+			b.exec(t, "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON "+b.Table("late")+
+				" DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION "+b.Table("locked")+"()")
+			cfg := b.config(t)
+			cfg.MaxAttempts = 1
+			insert := "INSERT INTO " + b.Table("late") + " VALUES (1)"
+			c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+				if way == "tx" {
+					_, err := tx.Exec(ctx, insert)
+					return err
+				}
+				inbox.Pipeline(tx).Queue(insert)
+				return nil
+			}, cfg)
+			b.publish(t, numbered(1)...)
+			c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
+			c.stop()
+			b.want(t, "0", 1, 0)
+		})
+	}
+}

@@ -119,7 +119,7 @@ func (g *guard) Conn() *pgx.Conn {
 
 // LargeObjects sends what is queued, as Conn does.
 func (g *guard) LargeObjects() pgx.LargeObjects {
-	_ = g.flush(g.pipeline.ctx)
+	_ = g.flush(g.pipeline.ctx) // check finds the error
 	return g.Tx.LargeObjects()
 }
 

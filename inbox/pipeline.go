@@ -66,11 +66,15 @@ func (p *pipeline) settle() {
 func (p *pipeline) drop() { p.Batch, p.of, p.err = pgx.Batch{}, nil, nil }
 
 // flush sends what is queued, also by the functions of what was, and returns the error of
-// it, or of an earlier flush.
+// it, or of an earlier flush. After what may end the transaction unseen it looks.
 func (g *guard) flush(ctx context.Context) error {
 	p := g.pipeline
 	for p.settle(); p.err == nil && p.Len() > 0; {
-		p.err = g.send(ctx, false)
+		n := p.Len()
+		if i := slices.IndexFunc(p.QueuedQueries, isVeiled); i >= 0 {
+			n = i + 1
+		}
+		p.err = g.send(ctx, n, false)
 	}
 	return p.err
 }
@@ -78,28 +82,35 @@ func (g *guard) flush(ctx context.Context) error {
 // flushAndCommit is flush with a COMMIT in the same round trip, which the server leaves out
 // if what is before it fails.
 func (g *guard) flushAndCommit(ctx context.Context) error {
-	g.pipeline.err = g.send(ctx, true)
+	g.pipeline.err = g.send(ctx, g.pipeline.Len(), true)
 	return g.pipeline.err
 }
 
 // isPlain reports whether something is queued, and nothing that may end the transaction
-// unseen or refuse a result after a COMMIT was sent: no functions, no names of prepared
-// statements, no SQL that is rewritten when it is sent.
+// unseen or refuse a result after a COMMIT was sent.
 func (p *pipeline) isPlain() bool {
-	return p.Len() > 0 && !slices.ContainsFunc(p.QueuedQueries, func(q *pgx.QueuedQuery) bool {
-		rewritten := false
-		if len(q.Arguments) > 0 {
-			_, rewritten = q.Arguments[0].(pgx.QueryRewriter)
-		}
-		return q.Fn != nil || rewritten || !strings.ContainsAny(q.SQL, " \t\n")
-	})
+	return p.Len() > 0 && !slices.ContainsFunc(p.QueuedQueries, func(q *pgx.QueuedQuery) bool { return q.Fn != nil || isVeiled(q) })
 }
 
-func (g *guard) send(ctx context.Context, commit bool) error {
+// isVeiled reports whether nobody can tell what a statement is before it is sent: it is the
+// name of a prepared one, or SQL that is rewritten.
+func isVeiled(q *pgx.QueuedQuery) bool {
+	if len(q.Arguments) > 0 {
+		switch q.Arguments[0].(type) {
+		case pgx.NamedArgs, pgx.StrictNamedArgs: // rewrite arguments alone
+		case pgx.QueryRewriter:
+			return true
+		}
+	}
+	return !strings.ContainsAny(q.SQL, " \t\n")
+}
+
+// send sends the first n statements, and COMMIT.
+func (g *guard) send(ctx context.Context, n int, commit bool) error {
 	p := g.pipeline
-	batch, of, at := p.Batch, p.of, p.at
+	batch, of, at := pgx.Batch{QueuedQueries: p.QueuedQueries[:n:n]}, p.of[:n:n], p.at
 	defer func() { p.at = at }()
-	p.Batch, p.of, p.culprit = pgx.Batch{}, nil, -1
+	p.Batch, p.of, p.culprit = pgx.Batch{QueuedQueries: p.QueuedQueries[n:]}, p.of[n:], -1
 	for i, q := range batch.QueuedQueries {
 		if endsTx(q.SQL) {
 			p.culprit = of[i]
@@ -131,7 +142,11 @@ func (g *guard) send(ctx context.Context, commit bool) error {
 		}
 	}
 	p.err = errUnread
-	return sound(g.Tx.SendBatch(ctx, &batch).Close())
+	err := sound(g.Tx.SendBatch(ctx, &batch).Close())
+	if err == nil && !commit && g.Tx.Conn().PgConn().TxStatus() == 'I' {
+		err = ErrTxEnded
+	}
+	return err
 }
 
 // culprit returns whose fault a verdict is: that of the message whose handler runs, unless
@@ -140,7 +155,7 @@ func (u unit) culprit(g *guard, v verdict) int {
 	switch p := g.pipeline; {
 	case len(u.items) == 1:
 		return 0
-	case p.err != nil && v != ended:
+	case p.err != nil && (v != ended || errors.Is(p.err, ErrTxEnded)):
 		return p.culprit
 	default:
 		return p.at

@@ -148,31 +148,6 @@ func TestABatchOfSlowHandlersIsAppliedAtOnce(t *testing.T) {
 	}
 }
 
-// A handler commits behind the back of the consumer what those before it have queued, or not.
-func TestACommitByHandLosesNothingThatIsQueued(t *testing.T) {
-	t.Parallel()
-	for _, statements := range [][]string{{"COMMIT"}, {"ROLLBACK"}, {"COMMIT", "DO $$ BEGIN RAISE SQLSTATE '55P03'; END $$"}} {
-		b := setupBroker(t)
-		c := b.inOneBatch(t, b.Pool, b.config(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
-			b.pipeline(tx, m.ID)
-			if m.ID == "2" {
-				for _, sql := range statements {
-					if _, err := tx.Conn().Exec(ctx, sql); err != nil {
-						return err
-					}
-				}
-			}
-			return nil
-		}, numbered(5)...)
-		c.waitFor(t, "the culprit is dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
-		b.wantReady(t, 0)
-		c.stop()
-		for _, id := range []string{"0", "1", "3", "4"} {
-			b.want(t, id, 1, 1)
-		}
-	}
-}
-
 // Whatever a handler sends itself comes after what it has queued.
 func TestPipelinedStatementsComeFirst(t *testing.T) {
 	t.Parallel()
@@ -326,31 +301,6 @@ func TestAFunctionOfAQueuedStatementMayQueueAnotherStatement(t *testing.T) {
 	e.want(t, "uses tx", 0, 0)
 }
 
-// A handler meets with the failure of an earlier one's function, and commits all the same.
-func TestACommitByHandAfterAnotherFailedDoublesNothing(t *testing.T) {
-	t.Parallel()
-	b := setupBroker(t)
-	c := b.inOneBatch(t, b.Pool, b.config(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
-		q := b.pipeline(tx, m.ID)
-		switch m.ID {
-		case "0":
-			q.Exec(func(pgconn.CommandTag) error { return errTest })
-		case "2":
-			if _, err := tx.Exec(ctx, "SELECT 1"); err != nil {
-				_, err = tx.Conn().Exec(ctx, "COMMIT")
-				return err
-			}
-		}
-		return nil
-	}, numbered(5)...)
-	c.waitFor(t, "the culprit is dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
-	b.wantReady(t, 0)
-	c.stop()
-	for _, id := range []string{"1", "3", "4"} {
-		b.want(t, id, 1, 1)
-	}
-}
-
 // A table is locked for longer than a lock is waited for, also to prepare a queued statement.
 // That is the handler's failure, as if it had sent the statement itself.
 func TestAPipelinedStatementThatMeetsALockFails(t *testing.T) {
@@ -393,4 +343,28 @@ func TestPipelineOfAnotherTransactionPanics(t *testing.T) {
 		}
 	}()
 	inbox.Pipeline(tx)
+}
+
+// pgx closes the connection when it cannot encode an argument: that is no outage.
+func TestAnArgumentThatIsMissingCostsItsBatchNoRunsInVain(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	cfg := b.config(t)
+	cfg.MaxAttempts = 1
+	const n = 16
+	var calls atomic.Int64
+	c := b.inOneBatch(t, b.Pool, cfg, func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		calls.Add(1)
+		b.pipeline(tx, m.ID)
+		if m.ID == "9" {
+			inbox.Pipeline(tx).Queue("SELECT $1::int")
+		}
+		return nil
+	}, numbered(n)...)
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == n && s.Parked["dead"] == 1 })
+	c.stop()
+	if calls.Load() > 4*n { // found by halves
+		t.Errorf("%d calls for %d messages", calls.Load(), n)
+	}
+	b.want(t, "9", 1, 0)
 }

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/txbox/txbox/internal/testenv"
 )
@@ -23,6 +24,38 @@ const (
 )
 
 const asBefore = "as planned before"
+
+// plannedStatement is one of the package, with arguments.
+type plannedStatement struct {
+	name, sql, args string
+	rows            int // that it wants
+	plan            planned
+}
+
+func plannedStatements(schema string) []plannedStatement {
+	return []plannedStatement{
+		{"record", recordAllSQL(schema, false), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3, once},
+		{"record_alone", recordAllSQL(schema, true), `'c', 'new', 1, '5000', '40000', '10000', '200'`, 3, once},
+		{"record_one", recordSQL(schema), `'c', 'new', 1`, 3, once},
+		{"digests", digestsSQL(schema), `'c', ARRAY['m70000', 'm140000']`, 3, once},
+		{"forget", forgetSQL(schema), `'c', ARRAY['m70000', 'm140000'], 1`, 3, always},
+		{"blocked", blockedSQL(schema, false), `'c', ARRAY['k70000', 'most', 'none']`, 3, onceOfParked},
+		{"blocked_alone", blockedSQL(schema, true), `'c', 'most'`, 3, onceOfParked},
+		{"skip", skipBeforeSQL(schema), `'c', 'none', 'none'`, 3, always},
+		{"park", parkSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3, always},
+		{"park_recorded", parkRecordedSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3, once},
+		{"park_ended", parkEndedSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', ''`, 3, always},
+		{"park_ended_again", parkEndedAgainSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', '', 70000`, 3, always},
+		{"park_unowned", parkUnownedSQL(schema), `'c', 'm1', 'too_old', 1, 'e', '', '', ''`, 3, always},
+		{"unblock", unblockSQL(schema), `'c', 'most'`, 3, always},
+		{"unblock_all", unblockAllSQL(schema), `'c', 'k5', 20`, 20, always},
+		{"claim", claimSQL(schema), `70000, 60, 0`, 3, always},
+		{"unpark", unparkSQL(schema), `70000, 0`, 3, onceOfParked},
+		{"settle", settleSQL(schema), `70000, 0, 'retry', 1, 'e', 1`, 3, always},
+		{"due", dueSQL(schema), `'c', 100`, duePage, always},
+		{"prune", pruneSQL(schema, true), `'c', 'm5', 1, 100, 'c'`, 100, always},
+	}
+}
 
 // Plans that PostgreSQL keeps since the tables were empty or small, as they usually are when
 // a consumer starts, serve as well when they are large: each statement reads only what it
@@ -52,32 +85,7 @@ func readOnlyWhatTheyNeed(t *testing.T, few int) {
 			t.Fatalf("%s: %v", sql, err)
 		}
 	}
-	statements := []struct {
-		name, sql, args string
-		rows            int // that it wants
-		plan            planned
-	}{
-		{"record", recordAllSQL(schema, false), `'c', ARRAY['new'], ARRAY[1], '5000', '40000', '10000', '200'`, 3, once},
-		{"record_alone", recordAllSQL(schema, true), `'c', 'new', 1, '5000', '40000', '10000', '200'`, 3, once},
-		{"record_one", recordSQL(schema), `'c', 'new', 1`, 3, once},
-		{"digests", digestsSQL(schema), `'c', ARRAY['m70000', 'm140000']`, 3, once},
-		{"forget", forgetSQL(schema), `'c', ARRAY['m70000', 'm140000'], 1`, 3, always},
-		{"blocked", blockedSQL(schema, false), `'c', ARRAY['k70000', 'most', 'none']`, 3, onceOfParked},
-		{"blocked_alone", blockedSQL(schema, true), `'c', 'most'`, 3, onceOfParked},
-		{"skip", skipBeforeSQL(schema), `'c', 'none', 'none'`, 3, always},
-		{"park", parkSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3, always},
-		{"park_recorded", parkRecordedSQL(schema), `'c', 'new', 1, 'most', 'blocked', 0, 0, 'e', '', '', ''`, 3, onceOfParked},
-		{"park_ended", parkEndedSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', ''`, 3, always},
-		{"park_ended_again", parkEndedAgainSQL(schema), `'c', 'm70000', 1, 'most', 'retry', 0, 0, 'e', '', '', '', 70000`, 3, always},
-		{"park_unowned", parkUnownedSQL(schema), `'c', 'm1', 'too_old', 1, 'e', '', '', ''`, 3, always},
-		{"unblock", unblockSQL(schema), `'c', 'most'`, 3, always},
-		{"unblock_all", unblockAllSQL(schema), `'c', 'k5', 20`, 20, always},
-		{"claim", claimSQL(schema), `70000, 60, 0`, 3, always},
-		{"unpark", unparkSQL(schema), `70000, 0`, 3, onceOfParked},
-		{"settle", settleSQL(schema), `70000, 0, 'retry', 1, 'e', 1`, 3, always},
-		{"due", dueSQL(schema), `'c', 100`, duePage, always},
-		{"prune", pruneSQL(schema, true), `'c', 'm5', 1, 100, 'c'`, 100, always},
-	}
+	statements := plannedStatements(schema)
 	fill := func(from, to int) {
 		t.Helper()
 		for _, sql := range []string{
@@ -119,34 +127,40 @@ func readOnlyWhatTheyNeed(t *testing.T, few int) {
 			case s.plan == onceOfParked && few > 0 && when == asBefore:
 				continue
 			}
-			tx, err := conn.Begin(ctx)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var text []byte
-			explain := "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE " + s.name + "(" + s.args + ")"
-			if err := tx.QueryRow(ctx, explain, pgx.QueryExecModeSimpleProtocol).Scan(&text); err != nil {
-				t.Fatalf("%s: %v", s.name, err)
-			}
-			if err := tx.Rollback(ctx); err != nil {
-				t.Fatal(err)
-			}
-			var plans []struct {
-				Plan struct {
-					Hit  int `json:"Shared Hit Blocks"`
-					Read int `json:"Shared Read Blocks"`
-				}
-			}
-			if err := json.Unmarshal(text, &plans); err != nil {
-				t.Fatal(err)
-			}
-			if pages := plans[0].Plan.Hit + plans[0].Plan.Read; pages > 500+20*s.rows || strings.Contains(string(text), "Seq Scan") {
+			if pages, text := explained(t, conn, s); pages > 500+20*s.rows || strings.Contains(text, "Seq Scan") {
 				t.Errorf("%s, %s: %d pages, or all of a table", s.name, when, pages)
-				t.Logf("%s", text)
+				t.Log(text)
 			}
 		}
 	}
 	check(asBefore)
 	analyze()
 	check("analyzed")
+}
+
+// explained executes a prepared statement, rolls back, and tells how.
+func explained(t *testing.T, conn *pgxpool.Conn, s plannedStatement) (pages int, text string) {
+	t.Helper()
+	ctx := testenv.Context(t)
+	tx, err := conn.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	explain := "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE " + s.name + "(" + s.args + ")"
+	if err := tx.QueryRow(ctx, explain, pgx.QueryExecModeSimpleProtocol).Scan(&text); err != nil {
+		t.Fatalf("%s: %v", s.name, err)
+	}
+	if err := tx.Rollback(ctx); err != nil {
+		t.Fatal(err)
+	}
+	var plans []struct {
+		Plan struct {
+			Hit  int `json:"Shared Hit Blocks"`
+			Read int `json:"Shared Read Blocks"`
+		}
+	}
+	if err := json.Unmarshal([]byte(text), &plans); err != nil {
+		t.Fatal(err)
+	}
+	return plans[0].Plan.Hit + plans[0].Plan.Read, text
 }

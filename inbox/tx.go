@@ -65,13 +65,12 @@ func begin(ctx context.Context, db *pgxpool.Pool, queue func(*pgx.Batch)) (*tran
 }
 
 // end gives up what t did, unless it is over already, and returns its connection to
-// the pool. It also works after ctx has ended. Its error adds nothing: pgx then closes
-// the connection, and the server rolls back.
+// the pool. It also works after ctx has ended.
 func (t *transaction) end(ctx context.Context) {
 	if !t.isOver() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rollbackTimeout)
 		defer cancel()
-		_ = t.Rollback(ctx)
+		_ = t.Rollback(ctx) // then the connection is closed, which does the same
 	}
 	t.conn.Release()
 }
@@ -138,6 +137,13 @@ func isOutage(err error) bool {
 	return (strings.HasPrefix(code, "53") || code == "25006") && !errors.Is(err, ErrTxEnded)
 }
 
+// isUnsent reports whether err says that pgx could not encode an argument of a batch, for
+// which it closes the connection. Its step is not exported.
+func isUnsent(err error) bool {
+	unsent := pgx.ErrPreprocessingBatch{}
+	return errors.As(err, &unsent) && strings.Contains(unsent.Error(), "(build)")
+}
+
 // isContested reports whether err says that others want the same rows at the same time.
 func isContested(err error) bool { return isConflict(err) || isLocked(err) }
 
@@ -155,7 +161,7 @@ func sound(err error) (safe error) {
 			safe = fmt.Errorf("%T without a text", err)
 		}
 	}()
-	_ = err.Error()
+	_ = err.Error() // these are asked to see whether they panic
 	_ = sqlState(err)
 	_ = errors.Is(err, ErrTxEnded)
 	return err
