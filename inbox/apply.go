@@ -42,6 +42,7 @@ type item struct {
 	contested  bool            // it was in a transaction that others were in the way of
 	before     context.Context // what Config.Before returned, if it was called
 	fate       fate
+	unsure     bool // a transaction that it was in may have committed
 }
 
 // fate is what a transaction does with a message.
@@ -59,7 +60,6 @@ type result struct {
 	err     error
 	culprit int    // failed, ended: the index of the item whose handler did it; -1: nobody's
 	xid     uint32 // of the transaction, as its rows bear it
-	unknown bool   // an earlier run of it may have committed
 	others  others // applied: what is known of IDs that were recorded before; nil: nothing
 }
 
@@ -68,10 +68,11 @@ type result struct {
 // live ends.
 func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 	wait := runBackOff()
-	unknown := false
 	for run := 1; ; {
 		r := c.run(ctx, u, run > 1)
-		r.unknown = unknown
+		if errors.Is(r.err, ErrCommitUnknown) {
+			u.unsure()
+		}
 		switch {
 		case isContested(r.err) && len(u.items) > 1, isLocked(r.err) && u.waits(r.culprit):
 			r.verdict, r.culprit = contested, -1
@@ -92,7 +93,6 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 			}
 			continue
 		case r.verdict == again:
-			unknown = unknown || errors.Is(r.err, ErrCommitUnknown)
 			run++
 		case r.verdict != away:
 			return r
@@ -101,6 +101,13 @@ func (c *Consumer) apply(ctx, live context.Context, u unit) result {
 			r.verdict = stopped
 			return r
 		}
+	}
+}
+
+// unsure notes that nobody knows whether a transaction with its effects has committed.
+func (u unit) unsure() {
+	for _, m := range u.items {
+		m.unsure = m.unsure || m.fate == handled
 	}
 }
 
@@ -176,9 +183,13 @@ func (c *Consumer) finish(ctx context.Context, tx *transaction, g *guard, rerun 
 		if verdict, err := c.flush(ctx, g); verdict != applied {
 			return verdict, err
 		}
-		commitCtx, cancel := context.WithTimeout(ctx, callTimeout)
+		commitCtx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 		defer cancel()
-		return judgeCommit(ctx, tx.commit(commitCtx))
+		err := tx.commit(commitCtx)
+		if rerun && commitCtx.Err() != nil && ctx.Err() == nil && !c.silent(ctx) {
+			return failed, fmt.Errorf("COMMIT not done after %s: %w", c.cfg.Timeout, err)
+		}
+		return judgeCommit(ctx, err)
 	}
 	verdict, err := c.judged(ctx, g, "a queued statement", g.flushAndCommit)
 	switch sent := g.pipeline.err; {

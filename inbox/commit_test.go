@@ -3,6 +3,7 @@ package inbox_test
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"strconv"
 	"sync/atomic"
 	"testing"
@@ -113,6 +114,74 @@ func TestAQueuedStatementThatIsTooSlowFailsItsMessage(t *testing.T) {
 	}
 	if n := b.count(t, "inbox_parked", "last_error LIKE 'not done after 1s: %'"); n != 1 {
 		t.Errorf("%d parked with the reason", n)
+	}
+}
+
+// slowCommit has each COMMIT take long that comes after insert.
+func (e *env) slowCommit(t *testing.T, seconds int) (insert string) {
+	t.Helper()
+	e.exec(t, "CREATE TABLE "+e.Table("late")+" (n integer)")
+	e.exec(t, fmt.Sprintf("CREATE FUNCTION %s() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(%d); RETURN NULL; END $$", e.Table("slow"), seconds))
+	e.exec(t, "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON "+e.Table("late")+
+		" DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION "+e.Table("slow")+"()")
+	return "INSERT INTO " + e.Table("late") + " VALUES (1)"
+}
+
+func TestACommitThatIsTooSlowFailsItsMessage(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	insert := b.slowCommit(t, 3600)
+	cfg := b.config(t)
+	cfg.Timeout, cfg.MaxAttempts = 2*time.Second, 1
+	var calls atomic.Int64
+	c := b.inOneBatch(t, b.Pool, cfg, func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		if m.ID == "1" {
+			calls.Add(1)
+			inbox.Pipeline(tx).Queue(insert)
+		}
+		b.pipeline(tx, m.ID)
+		return nil
+	}, numbered(3)...)
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied == 3 && s.Parked["dead"] == 1 })
+	c.stop()
+	for id, effects := range map[string]int{"0": 1, "1": 0, "2": 1} {
+		b.want(t, id, 1, effects)
+	}
+	if n := b.count(t, "inbox_parked", "last_error LIKE 'COMMIT not done after 2s: %'"); n != 1 || calls.Load() > 6 {
+		t.Errorf("%d parked with the reason, %d calls", n, calls.Load())
+	}
+}
+
+// The connection is lost while the server commits, which it goes on with. Meanwhile the IDs
+// are held by nobody who is there.
+func TestWhatACommitOfUnknownOutcomeAppliedIsCounted(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	insert := b.slowCommit(t, 1)
+	database := b.newDatabase(t)
+	var sent atomic.Int64
+	cancelRequest := []byte{0, 0, 0, 16, 4, 210, 22, 46}
+	database.onWrite = func(written []byte) (cut, swallow bool) {
+		if !commits(written) || sent.Add(1) > 1 {
+			return bytes.HasPrefix(written, cancelRequest), false
+		}
+		time.AfterFunc(100*time.Millisecond, database.cut)
+		return false, true
+	}
+	c := b.inOneBatch(t, b.pool(t, database.url), b.config(t), func(_ context.Context, tx pgx.Tx, m inbox.Message) error {
+		if m.ID == "1" {
+			inbox.Pipeline(tx).Queue(insert)
+		}
+		b.pipeline(tx, m.ID)
+		return nil
+	}, numbered(4)...)
+	c.waitFor(t, "settled", func(s inbox.Stats) bool { return s.Applied+s.Duplicates == 5 })
+	c.stop()
+	if n := b.count(t, "effects", "true"); n != 4 {
+		t.Errorf("%d effects", n)
+	}
+	if s := c.Stats(); s.Applied != 5 || sent.Load() != 1 {
+		t.Errorf("sent with COMMIT %d times, %+v", sent.Load(), s)
 	}
 }
 

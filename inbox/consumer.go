@@ -45,7 +45,7 @@ type Config struct {
 	// Default 1, at most 10,000.
 	Batch int
 	// Timeout is how long a Handler may take, and what the Handlers of one transaction
-	// have left in its Pipeline; default 30 s, at most 24 h.
+	// have left in its Pipeline, and COMMIT; default 30 s, at most 24 h.
 	Timeout time.Duration
 	// StopTimeout is how long Run waits for Handlers after its ctx has ended, before
 	// it ends theirs, and RabbitMQ delivers their messages again; default 20 s, at most

@@ -264,7 +264,7 @@ func (c *Consumer) recorded(ctx, live context.Context, items []*item, r result) 
 		case m.fate == taken && r.others[m.id()]:
 			c.parkUnowned(m, reasonConflict, errConflict)
 			continue
-		case m.fate == taken && !r.unknown:
+		case m.fate == taken && !m.unsure:
 			duplicates++
 		case m.fate == blocked:
 			behind++

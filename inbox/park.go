@@ -94,7 +94,13 @@ func (c *Consumer) park(live context.Context, m *item, ended bool, p parking) {
 	case others[m.id()]:
 		c.parkUnowned(m, reasonConflict, errConflict)
 	default:
-		c.count(func(s *Stats) { s.Duplicates++ })
+		c.count(func(s *Stats) {
+			if m.unsure {
+				s.Applied++
+			} else {
+				s.Duplicates++
+			}
+		})
 		acknowledge(m)
 	}
 }
@@ -365,7 +371,7 @@ func (c *Consumer) handleAgain(live, ctx context.Context, row dueRow) {
 	unpark := statement{unparkSQL(c.cfg.Schema), []any{p.id, p.token}}
 	r := c.apply(ctx, live, unit{[]*item{&p.item}, &unpark})
 	switch {
-	case r.verdict == applied && (p.fate == handled || r.unknown):
+	case r.verdict == applied && (p.fate == handled || p.unsure):
 		c.count(func(s *Stats) { s.Applied++ })
 		c.unblock(ctx, p.envelope)
 	case r.verdict != applied:

@@ -111,6 +111,21 @@ func TestWhatLooksLikeAnOutageCostsItsBatchOnce(t *testing.T) {
 	}
 }
 
+// A limit of the client's own is no outage: else the message would hold up its key for ever.
+func TestAStatementOverTheClientsLimitsSpendsItsAttempts(t *testing.T) {
+	t.Parallel()
+	b := setupBroker(t)
+	cfg := b.config(t)
+	cfg.MaxAttempts = 1
+	c := b.run(t, b.Pool, testenv.AMQPURL(t), func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		_, err := tx.Exec(ctx, "DO $$ BEGIN RAISE SQLSTATE '53400'; END $$")
+		return err
+	}, cfg)
+	b.publish(t, numbered(1)...)
+	c.waitFor(t, "dead", func(s inbox.Stats) bool { return s.Parked["dead"] == 1 })
+	c.stop()
+}
+
 // The connection is lost while a parked message is claimed: the attempt may have been counted.
 func TestALostClaimSpendsNoAttemptAndNoTime(t *testing.T) {
 	t.Parallel()

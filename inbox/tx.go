@@ -131,10 +131,10 @@ func isConflict(err error) bool {
 }
 
 // isOutage reports whether err says that the server lacks what it needs, or takes no writes,
-// whoever asks.
+// whoever asks. 53400 is a limit that is the client's own, such as temp_file_limit.
 func isOutage(err error) bool {
 	code := sqlState(err)
-	return (strings.HasPrefix(code, "53") || code == "25006") && !errors.Is(err, ErrTxEnded)
+	return (strings.HasPrefix(code, "53") && code != "53400" || code == "25006") && !errors.Is(err, ErrTxEnded)
 }
 
 // isUnsent reports whether err says that pgx could not encode an argument of a batch, for
