@@ -11,6 +11,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/txbox/txbox/internal/failpoint"
 )
 
 // A verdict is what became of one transaction.
@@ -135,6 +137,7 @@ func (c *Consumer) run(ctx context.Context, u unit, rerun bool) (r result) {
 		return r
 	}
 	defer tx.end(ctx)
+	failpoint.Hit("inbox/recorded")
 	some, err := c.parkBlocked(callCtx, tx, u.items)
 	if err != nil {
 		r.verdict, r.err = again, err
@@ -168,6 +171,7 @@ func (c *Consumer) run(ctx context.Context, u unit, rerun bool) (r result) {
 		}
 		return r
 	}
+	failpoint.Hit("inbox/handled")
 	r.verdict, r.err = c.finish(ctx, tx, g, rerun)
 	if len(u.items) == 1 || g.pipeline.err != nil || r.verdict == ended {
 		r.culprit = u.culprit(g, r.verdict)

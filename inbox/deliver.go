@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/txbox/txbox/internal/failpoint"
 )
 
 // work handles messages until ctx ends. What is in hand then may use workCtx to
@@ -172,6 +174,7 @@ func (w *worker) settle(items []*item) {
 	if len(items) == 0 || w.live.Err() != nil { // nothing of a key may follow what was not settled
 		return
 	}
+	failpoint.Hit("inbox/received")
 	result := w.apply(w.ctx, w.live, unit{items: items})
 	at := result.culprit
 	switch {
@@ -278,6 +281,7 @@ func (c *Consumer) recorded(ctx, live context.Context, items []*item, r result) 
 		s.Duplicates += uint64(duplicates)
 		s.Parked[reasonBlocked] += uint64(behind)
 	})
+	failpoint.Hit("inbox/committed")
 	acknowledge(settled...)
 	for _, m := range items {
 		if m.fate == blocked { // behind what may be gone by now

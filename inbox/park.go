@@ -10,6 +10,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/txbox/txbox/internal/failpoint"
 	"github.com/txbox/txbox/internal/wire"
 )
 
@@ -80,7 +81,9 @@ func (c *Consumer) park(live context.Context, m *item, ended bool, p parking) {
 	if ended {
 		sql = parkEndedSQL(c.cfg.Schema)
 	}
+	failpoint.Hit("inbox/park")
 	rows, ok := c.persist(live, statement{sql, c.parkArgs(m.envelope, p)})
+	failpoint.Hit("inbox/parked")
 	if !ok {
 		return
 	}
@@ -372,6 +375,7 @@ func (c *Consumer) handleAgain(live, ctx context.Context, row dueRow) {
 	r := c.apply(ctx, live, unit{[]*item{&p.item}, &unpark})
 	switch {
 	case r.verdict == applied && (p.fate == handled || p.unsure):
+		failpoint.Hit("inbox/unparked")
 		c.count(func(s *Stats) { s.Applied++ })
 		c.unblock(ctx, p.envelope)
 	case r.verdict != applied:
@@ -392,6 +396,7 @@ func (c *Consumer) claimParked(ctx context.Context, row dueRow) (*parkedMessage,
 	if err != nil {
 		return nil, err
 	}
+	failpoint.Hit("inbox/claimed")
 	p.attempt = p.token
 	if p.properties, err = unpack(properties); err != nil {
 		return p, err

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
+
+	"github.com/txbox/txbox/internal/failpoint"
 )
 
 // channel publishes with at most window messages in flight. One goroutine publishes
@@ -173,12 +175,14 @@ func (c *channel) send(m *message) bool {
 		r.refuse(m, impossible, err.Error())
 		return true
 	}
+	failpoint.Hit("relay/publish")
 	confirm, err := c.ch.PublishWithDeferredConfirm(m.exchange, m.routingKey, true, false, msg)
 	if err != nil {
 		// Written in part, perhaps: the channel's close decides what this means.
 		c.undecided = append(c.undecided, m)
 		return false
 	}
+	failpoint.Hit("relay/published")
 	m.sentAt = now
 	c.pending = append(c.pending, flight{m, confirm})
 	return true

@@ -11,6 +11,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/txbox/txbox/internal/failpoint"
 )
 
 // leases holds what this relay owns. Readers and publishers look and one goroutine,
@@ -158,7 +160,9 @@ func (l *leases) once(ctx context.Context, renew bool) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	failpoint.Hit("relay/lease")
 	owned, share, err := l.exchange(ctx, owner, renew)
+	failpoint.Hit("relay/leased")
 	if err != nil {
 		return fmt.Errorf("lease lanes: %w", err)
 	}

@@ -9,6 +9,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/txbox/txbox/internal/failpoint"
 )
 
 // settler makes the tables agree with the broker's answers: confirmed messages
@@ -104,7 +106,9 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 			fresh = append(fresh, m)
 		}
 	}
+	failpoint.Hit("relay/confirmed")
 	moved, locked, err := s.deleteFresh(ctx, fresh)
+	failpoint.Hit("relay/mid-delete")
 	if err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
 	}
@@ -112,6 +116,7 @@ func (s *settler) delete(ctx context.Context, confirmed []*message) error {
 	if err != nil {
 		return fmt.Errorf("delete confirmed messages: %w", err)
 	}
+	failpoint.Hit("relay/deleted")
 	for _, m := range locked {
 		left[m.id] = true
 	}
@@ -147,6 +152,7 @@ func (s *settler) deleteParked(ctx context.Context, ms []*message) (left map[int
 	if len(ms) == 0 {
 		return left, nil
 	}
+	failpoint.Hit("relay/unpark")
 	ids, messageIDs := identities(ms)
 	if gone, err := s.exec(ctx, s.sql.deleteParked, ids, messageIDs, lockWait); err != nil || gone == len(ms) {
 		return left, err
@@ -186,6 +192,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		}
 	}
 	lockedKeys, err := byHalves(byKey(fresh), func(keys [][]verdict, wait string) error {
+		failpoint.Hit("relay/park")
 		_, err := s.exec(ctx, s.sql.park, append(s.arrays(slices.Concat(keys...)), wait)...)
 		return err
 	})
@@ -193,6 +200,7 @@ func (s *settler) park(ctx context.Context, refused []verdict) error {
 		return fmt.Errorf("park refused messages: %w", err)
 	}
 	locked = append(locked, slices.Concat(lockedKeys...)...)
+	failpoint.Hit("relay/parked")
 	died := make(map[int64]bool)
 	lockedAgain, err := byHalves(parked, func(parked []verdict, wait string) error { return s.parkAgain(ctx, parked, wait, died) })
 	if err != nil {
