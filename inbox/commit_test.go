@@ -147,7 +147,7 @@ func TestACommitThatIsTooSlowFailsItsMessage(t *testing.T) {
 	for id, effects := range map[string]int{"0": 1, "1": 0, "2": 1} {
 		b.want(t, id, 1, effects)
 	}
-	if n := b.count(t, "inbox_parked", "last_error LIKE 'COMMIT not done after 2s: %'"); n != 1 || calls.Load() > 6 {
+	if n := b.count(t, "inbox_parked", "last_error LIKE 'COMMIT not done after 2s: %'"); n != 1 || calls.Load() > 12 { // twice for each of three transactions, and when others are in the way
 		t.Errorf("%d parked with the reason, %d calls", n, calls.Load())
 	}
 }
