@@ -31,6 +31,11 @@ test: up ## run all tests, with the race detector, on the servers of "up"
 	@go run ./internal/servers/dev compiler
 	$(env) go test -race -timeout 15m ./...
 
+.PHONY: chaos
+chaos: up ## harm everything at random for DURATION=60s by SEED=1, and check what came of it
+	@go build -tags failpoint -o bin/ ./internal/chaos
+	@$(env) bin/chaos run -duration $(or $(DURATION),60s) -seed $(or $(SEED),1) -faults "$(FAULTS)"
+
 # Scenarios that harm the broker need the private one.
 .PHONY: bench
 bench: up ## measure beside what limits it: SCENARIO=all OUT=bench/results.json ROUNDS=5
