@@ -179,7 +179,7 @@ func TestBatchWaitsForNoIDThatAnotherHolds(t *testing.T) {
 func TestBatchesHaveOneEffectPerMessageWhileConnectionsAreCut(t *testing.T) {
 	t.Parallel()
 	b := setupBroker(t)
-	const n = 3000
+	const n = 1500
 	b.publish(t, numbered(n)...)
 	server := newProxy(t, testenv.AMQPURL(t))
 	database := newProxy(t, b.URL)

@@ -21,8 +21,10 @@ CREATE INDEX ON applied (at);
 
 const (
 	exchange   = "chaos"
+	fan        = "chaos.fan"
 	routingKey = "chaos"
 	queue      = "chaos.till"
+	otherQueue = "chaos.post" // of another service, which shares the database
 	tapQueue   = "chaos.tap"
 )
 
@@ -31,7 +33,7 @@ var errFlaky = errors.New("fails as planned")
 const applySQL = "INSERT INTO applied (consumer, message_id, key, seq, hash, at) VALUES ($1, $2, $3, $4, $5, $6)"
 
 func runConsumer(ctx context.Context, db *pgxpool.Pool, o options) error {
-	consumer, err := inbox.NewConsumer(db, o.amqpURL, queue, handle, inbox.Config{
+	consumer, err := inbox.NewConsumer(db, o.amqpURL, o.queue, handler(o.queue), inbox.Config{
 		Batch: o.batch, Prefetch: 100, Workers: 3, Timeout: 10 * time.Second, StopTimeout: 10 * time.Second,
 		MaxAttempts: 20, // database and broker are away most of the time, but flaky messages fail twice at most
 	})
@@ -41,45 +43,52 @@ func runConsumer(ctx context.Context, db *pgxpool.Pool, o options) error {
 	return consumer.Run(ctx)
 }
 
-// handle has one effect for each message.
-func handle(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
-	b := parse(m.Payload)
-	h := hash(m.Payload, m.Type, m.ContentType, m.Headers)
-	switch {
-	case b.Kind == poison:
-		return inbox.Reject(errFlaky)
-	case b.Kind == flaky && int64(m.Attempt) <= 1+(h&1):
-		return errFlaky
+// handler has one effect for each message.
+func handler(consumer string) inbox.Handler {
+	return func(ctx context.Context, tx pgx.Tx, m inbox.Message) error {
+		b := parse(m.Payload)
+		h := hash(m.Payload, m.Type, m.ContentType, m.Headers)
+		fails := int64(m.Attempt) <= 1+(h&1)
+		switch {
+		case b.Kind == poison:
+			return inbox.Reject(errFlaky)
+		case b.Kind == flaky && fails:
+			return errFlaky
+		}
+		args := []any{consumer, m.ID, b.key(), b.Seq, h, b.At}
+		if h&2 == 0 {
+			inbox.Pipeline(tx).Queue(applySQL, args...)
+			return nil
+		}
+		_, err := tx.Exec(ctx, applySQL, args...)
+		failpoint.Hit("consumer/handler")
+		if b.Kind == sloppy && fails {
+			_, _ = tx.Exec(ctx, "SELECT 1/0") // and does not look
+		}
+		return err
 	}
-	args := []any{queue, m.ID, b.key(), b.Seq, h, b.At}
-	if h&2 == 0 {
-		inbox.Pipeline(tx).Queue(applySQL, args...)
-		return nil
-	}
-	_, err := tx.Exec(ctx, applySQL, args...)
-	failpoint.Hit("consumer/handler")
-	return err
 }
 
-// topology declares exchange and queues. The tap is bound last, and unbound first: it must
-// not have what the consumers do not get.
+// topology declares exchanges and queues. One binding leads to all queues: without it a
+// message reaches none of them, not some.
 func topology(ch *amqp.Channel) error {
+	if err := ch.ExchangeDeclare(fan, amqp.ExchangeFanout, true, false, false, false, nil); err != nil {
+		return err
+	}
+	for name, args := range map[string]amqp.Table{
+		queue:      {"x-queue-type": "quorum", "x-single-active-consumer": true},
+		otherQueue: nil,
+		tapQueue:   {"x-queue-type": "quorum"},
+	} {
+		if _, err := ch.QueueDeclare(name, true, false, false, false, args); err != nil {
+			return err
+		}
+		if err := ch.QueueBind(name, "", fan, false, nil); err != nil {
+			return err
+		}
+	}
 	if err := ch.ExchangeDeclare(exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
 		return err
 	}
-	for _, q := range []struct {
-		name string
-		args amqp.Table
-	}{
-		{queue, amqp.Table{"x-queue-type": "quorum", "x-single-active-consumer": true}},
-		{tapQueue, amqp.Table{"x-queue-type": "quorum"}},
-	} {
-		if _, err := ch.QueueDeclare(q.name, true, false, false, false, q.args); err != nil {
-			return err
-		}
-		if err := ch.QueueBind(q.name, routingKey, exchange, false, nil); err != nil {
-			return err
-		}
-	}
-	return nil
+	return ch.ExchangeBind(fan, routingKey, exchange, false, nil)
 }

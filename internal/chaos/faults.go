@@ -25,7 +25,7 @@ func nothing() error { return nil }
 
 // catalogue returns all faults that a run can have.
 func catalogue() (all []fault) {
-	for _, name := range []string{"relay-1", "relay-2", "consumer-1", "consumer-2", "producer-1", "producer-2"} {
+	for _, name := range []string{"relay-1", "relay-2", "consumer-1", "consumer-2", "consumer-3", "producer-1", "producer-2"} {
 		all = append(all, processFaults(name)...)
 	}
 	for _, name := range []string{producerDB, relayDB, consumerDB, relayBroker, consumerBroker} {
@@ -196,12 +196,7 @@ func brokerFaults() []fault {
 		{"broker-stop", brokerTarget, func(_ context.Context, r *run, _ *rand.Rand) (func() error, error) {
 			return r.site.broker.Resume, r.site.broker.Pause()
 		}},
-		{"binding-removed", brokerTarget, onChannel(func(ch *amqp.Channel) error {
-			if err := ch.QueueUnbind(tapQueue, routingKey, exchange, nil); err != nil { // before the other
-				return err
-			}
-			return ch.QueueUnbind(queue, routingKey, exchange, nil)
-		})},
+		{"binding-removed", brokerTarget, onChannel(func(ch *amqp.Channel) error { return ch.ExchangeUnbind(fan, routingKey, exchange, false, nil) })},
 		{"exchange-removed", brokerTarget, onChannel(func(ch *amqp.Channel) error { return ch.ExchangeDelete(exchange, false, false) })},
 	}
 }

@@ -114,7 +114,7 @@ func (r *run) load(ctx context.Context) error {
 // left looks for what should be gone after a clean stop.
 func (r *run) left(ctx context.Context) {
 	err := r.site.withChannel(func(ch *amqp.Channel) error {
-		for _, name := range []string{queue, tapQueue} {
+		for _, name := range []string{queue, otherQueue, tapQueue} {
 			q, err := ch.QueueDeclarePassive(name, true, false, false, false, nil)
 			if err != nil {
 				return err

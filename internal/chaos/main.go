@@ -26,14 +26,14 @@ import (
 
 // options are those of all roles.
 type options struct {
-	dir      string
-	duration time.Duration
-	seed     uint64
-	rate     int // transactions a second, of all producers or of this one
-	faults   []fault
+	dir                        string
+	duration, drainLimit, hold time.Duration
+	seed                       uint64
+	rate                       int // transactions a second, of all producers or of this one
+	faults                     []fault
 
 	name, outcomes, canary string
-	amqpURL                string
+	amqpURL, queue         string
 	batch, incarnation     int
 	async                  bool
 }
@@ -62,10 +62,13 @@ func work(ctx context.Context, args []string) error {
 	flags.DurationVar(&o.duration, "duration", time.Minute, "how long faults are done")
 	flags.Uint64Var(&o.seed, "seed", 1, "decides which faults are done")
 	flags.IntVar(&o.rate, "rate", 800, "transactions a second")
+	flags.DurationVar(&o.drainLimit, "drain-limit", time.Minute, "how long nothing may happen before it is said to be stuck")
+	flags.DurationVar(&o.hold, "hold", 6*time.Second, "how long a fault holds at most: longer than a lease, and than a confirm is waited for")
 	names := flags.String("faults", "", "only those whose names begin so; several with commas")
 	flags.StringVar(&o.name, "name", "", "of a process")
 	flags.StringVar(&o.outcomes, "outcomes", "", "`file` for what a producer's clients saw")
 	flags.StringVar(&o.canary, "canary", "", "`text` in each payload")
+	flags.StringVar(&o.queue, "queue", queue, "of a consumer")
 	flags.IntVar(&o.batch, "batch", 1, "of a consumer")
 	flags.BoolVar(&o.async, "async", false, "a producer's commits do not wait for the disk")
 	flags.IntVar(&o.incarnation, "incarnation", 1, "which start of the process this is")

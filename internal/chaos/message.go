@@ -24,6 +24,7 @@ type kind string
 const (
 	plain  kind = "plain"
 	flaky  kind = "flaky"  // fails once or twice
+	sloppy kind = "sloppy" // overlooks an error of the database as often
 	poison kind = "poison" // is rejected
 )
 

@@ -185,7 +185,9 @@ func (c client) message(key string, seq int64) outbox.Message {
 	switch n := c.IntN(1000); {
 	case n < 10:
 		b.Kind = flaky
-	case n < 12 && key == "":
+	case n < 15:
+		b.Kind = sloppy
+	case n < 17 && key == "":
 		b.Kind = poison
 	}
 	payload, err := json.Marshal(b)

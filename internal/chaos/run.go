@@ -33,14 +33,11 @@ type run struct {
 }
 
 const (
-	warmUp = 3 * time.Second
-	// holdMost is how long a fault holds: longer than a lease, and than a confirm is waited for.
-	holdMost = 6 * time.Second
+	warmUp   = 3 * time.Second
 	calmMost = time.Second
 	// recoveryLimit is how long after a fault a message may take that was written after it. A
 	// server that was killed needs some 15 s of that, a connection in a black hole 20 s.
 	recoveryLimit = 60 * time.Second
-	drainLimit    = 60 * time.Second // without progress
 )
 
 // storm runs all phases, and returns the verdict if there is one.
@@ -54,7 +51,7 @@ func storm(ctx context.Context, o options) (v *verdict, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, r.site.close()) }()
-	if r.checker, err = checker.New(ctx, r.site.check); err != nil {
+	if r.checker, err = checker.New(ctx, r.site.check, queue, otherQueue); err != nil {
 		return nil, err
 	}
 	r.tap = &tap{site: r.site, checker: r.checker}
@@ -125,7 +122,7 @@ func (r *run) harm(ctx context.Context) error {
 		r.done[f.name]++
 		heals, names = append(heals, heal), append(names, f.name+" "+f.target)
 	}
-	time.Sleep(time.Duration(r.rng.Int64N(int64(holdMost))))
+	time.Sleep(time.Duration(r.rng.Int64N(int64(r.hold))))
 	var healing errgroup.Group
 	for _, heal := range heals {
 		healing.Go(heal)
@@ -156,7 +153,7 @@ func (r *run) awaitFlow(ctx context.Context) error {
 	now := time.Now() // the producers' clock, too
 	return await(ctx, recoveryLimit, "a message that was written since takes effect", func(ctx context.Context) bool {
 		var flows bool
-		err := r.site.till.QueryRow(ctx, "SELECT EXISTS (SELECT FROM applied WHERE at > $1)", now).Scan(&flows)
+		err := r.site.till.QueryRow(ctx, "SELECT count(DISTINCT consumer) = 2 FROM applied WHERE at > $1", now).Scan(&flows)
 		return err == nil && flows
 	})
 }
@@ -167,7 +164,7 @@ func (r *run) drain(ctx context.Context) error {
 	var before, now progress
 	began := time.Now()
 	for {
-		err := await(ctx, drainLimit, "any progress", func(ctx context.Context) bool {
+		err := await(ctx, r.drainLimit, "any progress", func(ctx context.Context) bool {
 			shop := r.site.shop.QueryRow(ctx, `SELECT (SELECT count(*) FROM committed), (SELECT count(*) FROM txbox.outbox) + (SELECT count(*) FROM txbox.outbox_parked)`)
 			till := r.site.till.QueryRow(ctx, `SELECT (SELECT count(*) FROM applied), count(*) FILTER (WHERE reason = 'dead'), count(*) FILTER (WHERE reason <> 'dead') FROM txbox.inbox_parked`)
 			err := errors.Join(shop.Scan(&now.committed, &now.waiting), till.Scan(&now.applied, &now.dead, &now.retry))
@@ -189,7 +186,7 @@ func (r *run) drain(ctx context.Context) error {
 type progress struct{ committed, waiting, applied, dead, retry int64 }
 
 func (p progress) settled() bool {
-	return p.waiting == 0 && p.retry == 0 && p.applied+p.dead >= p.committed
+	return p.waiting == 0 && p.retry == 0 && p.applied+p.dead >= 2*p.committed
 }
 
 func (r *run) startAll() error {
@@ -201,6 +198,7 @@ func (r *run) startAll() error {
 		{"relay-2", shopDatabase, relayDB, relayBroker, nil},
 		{"consumer-1", tillDatabase, consumerDB, consumerBroker, []string{"-batch=1"}},
 		{"consumer-2", tillDatabase, consumerDB, consumerBroker, []string{"-batch=20"}},
+		{"consumer-3", tillDatabase, consumerDB, consumerBroker, []string{"-batch=50", "-queue=" + otherQueue}},
 		{"producer-1", shopDatabase, producerDB, "", nil},
 		{"producer-2", shopDatabase, producerDB, "", []string{"-async"}},
 	} {

@@ -19,6 +19,7 @@ type Checker struct{ conn *pgx.Conn }
 // covers body and headers. expected is what is to become of a message: "applied", or
 // "parked" for poison.
 const tables = `
+CREATE TABLE consumers (consumer text NOT NULL);
 CREATE TABLE committed (message_id uuid NOT NULL, key text COLLATE "C", seq bigint NOT NULL, hash bigint NOT NULL, expected text NOT NULL);
 CREATE TABLE outcomes  (message_id uuid NOT NULL, outcome text NOT NULL);
 CREATE TABLE wire      (pos bigint NOT NULL, message_id uuid NOT NULL, key text COLLATE "C", seq bigint NOT NULL, hash bigint NOT NULL, redelivered boolean NOT NULL);
@@ -34,9 +35,12 @@ var columns = map[string]string{
 	"parked":    "message_id, consumer, reason",
 }
 
-// New makes the tables in conn's database.
-func New(ctx context.Context, conn *pgx.Conn) (*Checker, error) {
-	_, err := conn.Exec(ctx, tables)
+// New makes the tables in conn's database. Each of the consumers is to apply every message.
+func New(ctx context.Context, conn *pgx.Conn, consumers ...string) (*Checker, error) {
+	if _, err := conn.Exec(ctx, tables); err != nil {
+		return nil, err
+	}
+	_, err := conn.Exec(ctx, "INSERT INTO consumers SELECT unnest($1::text[])", consumers)
 	return &Checker{conn}, err
 }
 

@@ -39,7 +39,7 @@ func told(t *testing.T, spoilt string) *checker.Checker {
 	must(t, err)
 	_, err = conn.Exec(ctx, "SET search_path = "+db.Schema)
 	must(t, err)
-	c, err := checker.New(ctx, conn.Conn())
+	c, err := checker.New(ctx, conn.Conn(), "till")
 	must(t, err)
 	_, err = conn.Exec(ctx, "CREATE FUNCTION id(n integer) RETURNS uuid LANGUAGE sql AS $$ SELECT lpad(n::text, 32, '0')::uuid $$;"+history+spoilt)
 	must(t, err)
@@ -67,6 +67,7 @@ func TestEveryBrokenInvariantIsFound(t *testing.T) {
 	for _, spoilt := range []struct{ sql, want string }{
 		{"DELETE FROM applied WHERE message_id = id(2)", "I1 committed, and neither 1"},
 		{"DELETE FROM parked", "I1 committed, and neither 1"},
+		{"INSERT INTO consumers VALUES ('other'); INSERT INTO applied SELECT pos, 'other', message_id, key, seq, hash FROM applied", "I1 committed, and neither 1"},
 		{"DELETE FROM applied WHERE message_id = id(3); INSERT INTO parked VALUES (id(3), 'till', 'dead')", "I1 committed, and neither 1"},
 		{"DELETE FROM parked; INSERT INTO applied VALUES (9, 'till', id(4), NULL, 0, 14)", "I1 applied, though 1"},
 		{"INSERT INTO wire VALUES (9, id(5), NULL, 0, 15, false)", "I2 on the wire 1"},

@@ -3,7 +3,7 @@
 // effect, each as rows of a table, and asks PostgreSQL, which sorts on disk: ten million
 // messages need no more memory than ten.
 //
-//	c, err := checker.New(ctx, conn)             // a database of its own
+//	c, err := checker.New(ctx, conn, "till")     // a database of its own
 //	err = c.Load(ctx, "committed", shop, query)  // and "applied", "parked"
 //	err = c.Outcomes(ctx, file)                  // what clients saw
 //	violations, err := c.Check(ctx, allowed)

@@ -40,9 +40,9 @@ CREATE TABLE first_seen AS SELECT DISTINCT ON (message_id) message_id, pos, key,
 
 var invariants = []invariant{
 	{"I1", "committed, and neither applied nor parked as poison", `
-SELECT message_id FROM committed c
-WHERE NOT EXISTS (SELECT FROM applied a WHERE a.message_id = c.message_id)
-  AND NOT (expected = 'parked' AND EXISTS (SELECT FROM parked p WHERE p.message_id = c.message_id))`},
+SELECT message_id FROM committed c, consumers s
+WHERE NOT EXISTS (SELECT FROM applied a WHERE a.message_id = c.message_id AND a.consumer = s.consumer)
+  AND NOT (expected = 'parked' AND EXISTS (SELECT FROM parked p WHERE p.message_id = c.message_id AND p.consumer IN ('', s.consumer)))`},
 	{"I1", "applied, though it was to be parked as poison", `
 SELECT message_id FROM committed c JOIN applied USING (message_id) WHERE expected = 'parked'`},
 	{"I2", "on the wire, and not committed", `
